@@ -1,0 +1,128 @@
+"""``hestctl harden``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hestctl.cli import options as o
+
+if TYPE_CHECKING:
+    from hestctl.workflows.harden import Hardened
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(harden)
+
+
+def harden(
+    run: o.RunOption = None,
+    emax_ratio: o.EmaxRatioOption = None,
+    emax: o.EmaxOption = None,
+    reference: o.ReferenceOption = None,
+    margin: Annotated[
+        float | None, typer.Option(help="Part of E_max the ledger leaves unspent. [default: 0.01]")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="One row a layer: budget, use, order.")] = False,
+    db: o.DbOption = None,
+    data: o.DataOption = None,
+    meter: o.MeterOption = None,
+    device: o.DeviceOption = None,
+    set_: o.SetOption = None,
+    quiet: o.QuietOption = False,
+    json: o.JsonOption = False,
+) -> None:
+    """Turn a trained run's gates into a plan with a bound, and certify it by length.
+
+    Takes the latest trained run of a budgeted method unless --run names one; `train` has hardened it
+    once already, under its own budget.
+    """
+    from hestctl.cli import out
+    from hestctl.settings import DEFAULT_PROFILE, of_run
+    from hestctl.store.store import Store
+    from hestctl.workflows.harden import harden_run, trained_run
+
+    resolved = o.resolve(
+        DEFAULT_PROFILE,
+        set_,
+        budget__emax_ratio=emax_ratio,
+        budget__emax_j=emax,
+        budget__reference=reference,
+        budget__margin=margin,
+        data__source=data,
+        energy__meter=meter,
+        backbone__device=device,
+        db=db,
+    )
+    store = Store(resolved.settings.db)
+    trained = trained_run(store, run)
+    settings = of_run(resolved, trained.settings)
+    with out.reporting(quiet) as progress:
+        done = harden_run(settings, store, progress, run_id=trained.run_id)
+    if json:
+        out.document(
+            {
+                "run_id": done.run.run_id,
+                "parent_run_id": trained.run_id,
+                "status": done.run.status,
+                "method": done.run.method,
+                "scope": done.run.scope,
+                "emax_j": done.plan.emax_j,
+                "emax_origin": done.plan.emax_origin,
+                "energy_kind": done.plan.energy_kind,
+                "hardened_over_emax": done.run.hardened_ratio,
+                "plan": {**done.plan.as_dict(), "certificate": done.plan.certificate()},
+            }
+        )
+    else:
+        _show(done, explain)
+
+
+def _show(done: Hardened, explain: bool) -> None:
+    from hestctl.cli import out
+
+    plan, energies = done.plan, done.plan.energies
+    if plan.emax_j is None or energies is None:
+        out.text(f"{done.run.run_id}: {plan.method} has no budget; its gates are fixed as they decide")
+    else:
+        word = f"predicted, from {plan.energy_kind} costs"
+        out.table(
+            f"{done.run.run_id}: energy a sample in scope {plan.scope} ({word})",
+            ("figure", "J", "of E_max"),
+            [
+                (name, f"{value:.4g}", f"{value / plan.emax_j:.3f}")
+                for name, value in (
+                    ("E_max", plan.emax_j),
+                    ("expected, by the gates' probabilities", energies.expected_j),
+                    ("hard gates, before repair", energies.decided_j),
+                    ("hardened: repaired, under the ledger", energies.hardened_j),
+                    ("worst validation sample", energies.worst_j),
+                )
+            ],
+            caption=f"E_max: {plan.emax_origin}",
+        )
+        out.table(
+            "certificate: no sample of this many token positions spends more",
+            ("tokens", "bound J", "of E_max", "directions affordable"),
+            [
+                (
+                    f"{row['length_tokens']:,}",
+                    f"{row['bound_j']:.4g}",
+                    f"{row['bound_over_emax']:.3f}",
+                    f"{100 * row['open_share']:.0f} %",
+                )
+                for row in plan.certificate()
+            ],
+        )
+    if explain:
+        out.table(
+            "layers",
+            ("layer", "share of budget", "directions, most important first"),
+            [
+                (str(layer), f"{100 * share:.1f} %", " ".join(map(str, order)))
+                for layer, (share, order) in enumerate(zip(plan.pace, plan.order, strict=True))
+            ],
+            caption=f"repair shifted all thresholds by {plan.shift:+.3f} spreads of their layer's scores",
+        )

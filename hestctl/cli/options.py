@@ -1,0 +1,81 @@
+"""The options that several commands share, and how flags become settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hestctl.errors import Exit, HestError
+
+if TYPE_CHECKING:
+    from hestctl.settings import Resolved
+
+ProfileOption = Annotated[
+    str, typer.Option("--profile", help="Settings to start from: a shipped name, or a TOML file.")
+]
+DbOption = Annotated[
+    Path | None, typer.Option("--db", help="The store; run folders stand beside it. [default: runs.duckdb]")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any settings key, such as train.epochs=1. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, units in its keys.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the settings with their origins, and stop.")
+]
+BackboneOption = Annotated[
+    str | None, typer.Option("--backbone", help="Hub id, local folder, or smollm2-135m.")
+]
+WeightsOption = Annotated[
+    str | None, typer.Option("--weights", help="pretrained, or random for energy and latency alone.")
+]
+DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
+DataOption = Annotated[
+    str | None,
+    typer.Option("--data", help="embedded, cnn_dailymail, lra-text, lra-listops, or a file or folder."),
+]
+MeterOption = Annotated[
+    str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate or none.")
+]
+RunOption = Annotated[str | None, typer.Option("--run", help="A run id; `hestctl runs list` shows them.")]
+EmaxRatioOption = Annotated[
+    float | None,
+    typer.Option("--emax-ratio", help="Budget per sample as a ratio of what TABS spends. [default: 0.6]"),
+]
+EmaxOption = Annotated[float | None, typer.Option("--emax", help="Budget per sample in joules, outright.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option("--reference", help="The tabs run that --emax-ratio refers to.")
+]
+
+
+def resolve(profile: str, sets: list[str] | None, **flags: Any) -> Resolved:
+    """Settings from the profile, the environment and the flags.
+
+    Flag names are dotted keys with ``__`` for the dot; ``--set`` comes after them. Raises HestError.
+    """
+    from hestctl.settings import load
+
+    values = {name.replace("__", "."): value for name, value in flags.items()}
+    values |= assignments(sets)
+    return load(profile, values)
+
+
+def assignments(sets: list[str] | None) -> dict[str, Any]:
+    """``KEY=VALUE`` texts as a mapping; values are TOML where they parse as such, else text."""
+    import tomllib
+
+    out: dict[str, Any] = {}
+    for pair in sets or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise HestError(f"--set takes KEY=VALUE, not {pair!r}", "--set train.epochs=1", Exit.USAGE)
+        try:
+            out[key.strip()] = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[key.strip()] = value
+    return out

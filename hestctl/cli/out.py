@@ -1,0 +1,119 @@
+"""The one module that writes to stdout and stderr: results there, everything else here."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+_stdout = Console(soft_wrap=True, highlight=False)
+_stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+
+_PLAIN_EVERY_S = 10.0
+
+
+def document(value: Mapping[str, Any]) -> None:
+    """One JSON document on stdout. Raises ValueError for a number JSON does not have."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
+
+
+def text(line: str = "") -> None:
+    """A line of the result."""
+    _stdout.print(Text(line))
+
+
+def note(line: str) -> None:
+    """A line about the work, on stderr."""
+    _stderr.print(Text(line, style="dim"))
+
+
+def problem(message: str, hint: str | None) -> None:
+    """The one message an error makes: what and where, then what to type next."""
+    _stderr.print(Text.assemble(("error: ", "bold red"), message))
+    if hint:
+        _stderr.print(Text(f"  try: {hint}"))
+
+
+def table(
+    title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, caption: str = ""
+) -> None:
+    """A table on stdout; the first ``left`` columns are names, the others numbers."""
+    out = Table(title=title, title_justify="left", title_style="bold", caption=caption or None)
+    out.caption_justify = "left"
+    for index, header in enumerate(headers):
+        name = index < left
+        out.add_column(
+            Text(header), justify="left" if name else "right", no_wrap=name, overflow="fold", vertical="middle"
+        )
+    for row in rows:
+        out.add_row(*(Text(cell) for cell in row))
+    _stdout.print(out, soft_wrap=False)
+
+
+class Reporter:
+    """Progress of one command: a live bar on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, bars: Progress | None) -> None:
+        self._bars = bars
+        self._task: TaskID | None = None
+        self._stage = ""
+        self._told_s = 0.0
+
+    def note(self, line: str) -> None:
+        if self._bars is not None:
+            self._bars.console.print(Text(line, style="dim"))
+        else:
+            note(line)
+
+    def advance(self, stage: str, done: int, total: int, figures: Mapping[str, float | None]) -> None:
+        told = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+        if self._bars is not None:
+            if self._task is None or stage != self._stage:
+                if self._task is not None:
+                    self._bars.remove_task(self._task)
+                self._task = self._bars.add_task(stage, total=total, figures="")
+            self._bars.update(self._task, completed=done, total=total, figures=told)
+        elif stage != self._stage or done == total or time.monotonic() - self._told_s > _PLAIN_EVERY_S:
+            self._told_s = time.monotonic()
+            note(f"{stage} {done}/{total} {told}")
+        self._stage = stage
+
+
+@contextmanager
+def reporting(quiet: bool = False) -> Iterator[Reporter]:
+    """A reporter on stderr for the time of one command."""
+    if quiet or not _stderr.is_terminal:
+        yield _Quiet(None) if quiet else Reporter(None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    with Progress(*columns, console=_stderr, transient=True) as bars:
+        yield Reporter(bars)
+
+
+class _Quiet(Reporter):
+    def note(self, line: str) -> None:
+        """Says nothing."""
+
+    def advance(self, stage: str, done: int, total: int, figures: Mapping[str, float | None]) -> None:
+        """Says nothing."""

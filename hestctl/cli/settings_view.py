@@ -1,0 +1,54 @@
+"""Settings with their origins, for ``--dry-run`` and ``env --settings``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hestctl.cli import out
+
+if TYPE_CHECKING:
+    from hestctl.settings import Resolved, Settings
+
+
+def show_settings(resolved: Resolved, settings: Settings, *, json: bool) -> None:
+    """Print every key with its value and origin, the memory estimate, and where results would go."""
+    from hestctl.model.backbone import parameter_estimate
+    from hestctl.store.store import Store
+
+    flat = dict(_flatten(settings.model_dump(mode="json")))
+    asked = dict(_flatten(resolved.settings.model_dump(mode="json")))
+    origins = {
+        key: resolved.origins[key] if value == asked[key] else "--trial" for key, value in flat.items()
+    }
+    estimate = parameter_estimate(settings.backbone)
+    root = Store(settings.db).root.absolute()
+    if json:
+        out.document(
+            {
+                "settings": {k: {"value": v, "origin": origins[k]} for k, v in flat.items()},
+                "backbone_parameters": None if estimate is None else estimate[0],
+                "backbone_bytes": None if estimate is None else estimate[1],
+                "store": str(settings.db.absolute()),
+                "run_folders": str(root),
+            }
+        )
+        return
+    rows = [(key, _told(value), origins[key]) for key, value in flat.items()]
+    out.table("settings", ("key", "value", "origin"), rows, left=3)
+    if estimate is not None:
+        out.text(f"backbone: {estimate[0]:,} parameters, {estimate[1] / 2**30:.2f} GiB")
+    out.text(f"store: {settings.db.absolute()}; run folders: {root}")
+
+
+def _told(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for name, value in table.items():
+        if isinstance(value, dict):
+            pairs += _flatten(value, f"{prefix}{name}.")
+        else:
+            pairs.append((prefix + name, value))
+    return pairs

@@ -1,0 +1,211 @@
+"""``hestctl train``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hestctl.cli import options as o
+
+if TYPE_CHECKING:
+    from hestctl.records import Run
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command()(train)
+
+
+def train(
+    method: Annotated[str | None, typer.Option(help="hest, tabs, bhsp, lora or base. [default: hest]")] = None,
+    emax_ratio: o.EmaxRatioOption = None,
+    emax: o.EmaxOption = None,
+    reference: o.ReferenceOption = None,
+    scope: Annotated[str | None, typer.Option(help="What the budget covers: adapter.")] = None,
+    precision: Annotated[str | None, typer.Option(help="mixed, or fp16-only (no int8 state).")] = None,
+    dual: Annotated[
+        str | None, typer.Option(help="Multiplier: clamp, plain, or none (a fixed soft penalty).")
+    ] = None,
+    controller: Annotated[str | None, typer.Option(help="factorised or unfactorised.")] = None,
+    profile: o.ProfileOption = "quickstart",
+    db: o.DbOption = None,
+    backbone: o.BackboneOption = None,
+    weights: o.WeightsOption = None,
+    data: o.DataOption = None,
+    device: o.DeviceOption = None,
+    dtype: o.DtypeOption = None,
+    meter: o.MeterOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate of adapters.")] = None,
+    gate_lr: Annotated[float | None, typer.Option(help="Peak learning rate of controller and gates.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a micro-batch.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches an optimiser step.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Prompt and answer together, at most.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(help="Generated tokens a sample, at most.")] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams in generation; 1 is greedy.")] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option(help="Recompute activations to save memory.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, data order and gate noise.")] = None,
+    trial: Annotated[
+        bool, typer.Option("--trial", help="One epoch over two batches: does it run at all?")
+    ] = False,
+    trials: Annotated[
+        int | None, typer.Option(help="Search with Optuna first: this many trials, then the best again.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the latest interrupted run of this method.")
+    ] = False,
+    run: o.RunOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Resume although settings differ.")] = False,
+    set_: o.SetOption = None,
+    dry_run: o.DryRunOption = False,
+    quiet: o.QuietOption = False,
+    json: o.JsonOption = False,
+) -> None:
+    """Train one method, harden it, and generate the test split under the meter.
+
+    hest trains within a budget: E_max = --emax-ratio x the joules of the latest comparable tabs run
+    (or a prediction, marked so), or --emax JOULES.
+    """
+    from hestctl.cli import out
+    from hestctl.cli.settings_view import show_settings
+    from hestctl.errors import Exit, HestError
+    from hestctl.settings import with_values
+    from hestctl.store.store import Store
+
+    resolved = o.resolve(
+        profile,
+        set_,
+        method__name=method,
+        budget__emax_ratio=emax_ratio,
+        budget__emax_j=emax,
+        budget__reference=reference,
+        method__scope=scope,
+        method__precision=precision,
+        budget__dual=dual,
+        method__controller=controller,
+        db=db,
+        backbone__name=backbone,
+        backbone__weights=weights,
+        data__source=data,
+        backbone__device=device,
+        backbone__dtype=dtype,
+        energy__meter=meter,
+        train__epochs=epochs,
+        train__max_steps=max_steps,
+        train__learning_rate=lr,
+        train__gate_learning_rate=gate_lr,
+        train__batch_size=batch_size,
+        train__accumulation=accumulation,
+        data__max_tokens=max_tokens,
+        generation__new_tokens=new_tokens,
+        generation__num_beams=num_beams,
+        train__gradient_checkpointing=gradient_checkpointing,
+        train__seed=seed,
+        search__trials=trials,
+    )
+    settings = resolved.settings
+    if trial:
+        settings = with_values(settings, TRIAL)
+    if dry_run:
+        show_settings(resolved, settings, json=json)
+        return
+    if run is not None and not resume:
+        raise HestError("--run names a run to go on with", "add --resume", Exit.USAGE)
+    from hestctl.workflows.search import search
+    from hestctl.workflows.train import Resume, train
+
+    store = Store(settings.db)
+    with out.reporting(quiet) as progress:
+        if settings.search.trials > 0 and not trial:
+            done = search(settings, store, progress)
+        else:
+            resuming = Resume(run, force) if resume else None
+            done = train(settings, store, progress, resuming=resuming)
+    if json:
+        out.document(as_json(done))
+    else:
+        show(done, settings.db)
+
+
+TRIAL = {
+    "train.epochs": 1,
+    "train.max_steps": 2,
+    "data.train_samples": 4,
+    "data.validation_samples": 2,
+    "data.test_samples": 2,
+    "train.batch_size": 2,
+    "train.accumulation": 1,
+    "train.early_stop_samples": 0,
+    "search.trials": 0,
+}
+"""``--trial``: one epoch of two batches, no search."""
+
+
+def as_json(run: Run) -> dict[str, Any]:
+    """The run's outcome, units in the keys; null is "not measured"."""
+    s = run.summary
+    return {
+        "run_id": run.run_id,
+        "status": run.status,
+        "method": run.method,
+        "scope": run.scope,
+        "dataset": run.dataset,
+        "samples": s.get("samples"),
+        "rouge_lsum": s.get("rouge_lsum"),
+        "rouge_l": s.get("rouge_l"),
+        "rouge1": s.get("rouge1"),
+        "rouge2": s.get("rouge2"),
+        "accuracy": s.get("accuracy"),
+        "nll_per_token_nats": s.get("nll_per_token"),
+        "energy_kind": run.energy_kind,
+        "energy_j_per_sample": s.get("energy_j_per_sample"),
+        "energy_error_j_per_sample": s.get("energy_error_j_per_sample"),
+        "scope_energy_j_per_sample": s.get("scope_energy_j_per_sample"),
+        "scope_energy_kind": "predicted",
+        "emax_j": run.emax_j,
+        "emax_origin": run.emax_origin,
+        "hardened_over_emax": run.hardened_ratio,
+        "over_budget_share": run.over_budget_share,
+        "new_tokens_per_sample": s.get("new_tokens_per_sample"),
+        "latency_p50_s": s.get("latency_p50_s"),
+        "latency_p99_s": s.get("latency_p99_s"),
+        "controller_parameters": run.controller_parameters,
+        "adapter_parameters": run.adapter_parameters,
+        "train_energy_j": run.train_energy_j,
+        "train_time_s": run.train_time_s,
+        "train_steps": run.steps,
+    }
+
+
+def show(run: Run, db: object) -> None:
+    """The run's outcome for a reader."""
+    from hestctl.cli import out
+    from hestctl.cli.figures_text import joules, number
+
+    s, kind = run.summary, run.energy_kind or "none"
+    rows = [("ROUGE-Lsum / L / 1 / 2", " / ".join(number(s.get(k), 1) for k in _ROUGE))]
+    if s.get("accuracy") is not None:
+        rows = [("accuracy", number(100 * s["accuracy"], 1) + " %")]
+    rows += [
+        ("answer likelihood", number(s.get("nll_per_token"), 3) + " nats a token"),
+        ("energy a sample", joules(s.get("energy_j_per_sample"), kind)),
+        ("new tokens a sample", number(s.get("new_tokens_per_sample"), 1)),
+        ("latency p50 / p99", f"{number(s.get('latency_p50_s'), 2)} / {number(s.get('latency_p99_s'), 2)} s"),
+        ("training", joules(run.train_energy_j, kind)),
+        ("parameters", f"{run.controller_parameters or 0:,} controller, {run.adapter_parameters or 0:,} adapter"),
+    ]
+    if run.emax_j is not None:
+        rows += [
+            ("budget E_max", f"{run.emax_j:.4g} J a sample, scope {run.scope} ({run.emax_origin})"),
+            ("spent of it", f"{joules(s.get('scope_energy_j_per_sample'), 'predicted')} from the logged states"),
+            ("over budget", f"{100 * (run.over_budget_share or 0):.0f} % of {s.get('samples')} samples"),
+        ]
+    out.table(f"{run.run_id}: {run.method} on {run.dataset}", ("figure", "value"), rows, left=1)
+    out.text(f"next: hestctl compare --db {db}")
+
+
+_ROUGE = ("rouge_lsum", "rouge_l", "rouge1", "rouge2")

@@ -1,0 +1,221 @@
+"""What the original sketch expected of HEST against TABS, line by line: confirmed, refuted, or not
+measured and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import duckdb
+import numpy as np
+
+from hestctl.compare.loading import Entry, config_of, read_runs
+from hestctl.compare.results import Expectation, Outcome, Pair, ProfileRun, Row
+from hestctl.compare.statistics import FloatArray, Measure
+from hestctl.records import Run
+
+ORIGINAL_MODEL = "Llama-2-7b"
+ORIGINAL_SCORE = 44.3
+LONG_TOKENS = 3_900
+"""Prompt and new tokens from which a sample counts as "at 4k"."""
+
+_QUALITY: Mapping[str, Outcome] = {"not inferior": "confirmed", "inferior": "refuted"}
+
+
+def lines(
+    connection: duckdb.DuckDBPyConnection,
+    facts: Mapping[str, str],
+    hest: Entry | None,
+    tabs: Entry | None,
+    rows: Sequence[Row],
+    pair: Pair | None,
+) -> tuple[Expectation, ...]:
+    """Every expectation with its outcome; ``hest`` is the best proposed entry, ``pair`` the two."""
+    return (
+        _score(facts, hest, rows),
+        _equal_quality(pair),
+        _less_energy(facts, pair),
+        _less_latency(pair),
+        _fewer_parameters(hest, tabs),
+        *_at_4k(connection, hest, tabs),
+    )
+
+
+def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) -> Expectation:
+    text = f"ROUGE-L about {ORIGINAL_SCORE} (the original's code computes ROUGE-Lsum)"
+    backbone = facts["backbone"]
+    if ORIGINAL_MODEL.lower() not in backbone.lower() or "cnn_dailymail" not in facts["dataset"]:
+        reason = (
+            f"it speaks of {ORIGINAL_MODEL} on cnn_dailymail; these runs are {backbone} on {facts['dataset']}"
+        )
+        return Expectation(text, "not measured", reason)
+    mine = [row for row in rows if hest is not None and row.run_id in hest.run_ids]
+    scores = [row.measure("rouge_lsum") for row in mine]
+    known = [score for score in scores if score.value is not None]
+    if not known:
+        unscored = scores[0].reason if scores else None
+        return Expectation(text, "not measured", unscored or "there is no hest run")
+    low = min(score.low if score.low is not None else score.value or 0.0 for score in known)
+    high = max(score.high if score.high is not None else score.value or 0.0 for score in known)
+    within = low - 1 <= ORIGINAL_SCORE <= high + 1
+    return Expectation(
+        text, "confirmed" if within else "refuted", f"ROUGE-Lsum lies in [{low:.1f}, {high:.1f}]"
+    )
+
+
+def _equal_quality(pair: Pair | None) -> Expectation:
+    text = "the same quality as TABS"
+    if pair is None:
+        return Expectation(text, "not measured", _NO_PAIR)
+    difference = pair.quality_difference
+    if difference.value is None:
+        return Expectation(text, "not measured", difference.reason or "no scores")
+    reason = f"{pair.proposed}: {difference.value:+.2f} points, {pair.quality}, {pair.samples} samples"
+    return Expectation(text, _QUALITY.get(pair.quality, "not measured"), reason)
+
+
+def _less_energy(facts: Mapping[str, str], pair: Pair | None) -> Expectation:
+    text = "at least 40 % less mean energy than TABS"
+    if pair is None:
+        return Expectation(text, "not measured", _NO_PAIR)
+    if facts["energy kind"] != "measured":
+        return Expectation(text, "not measured", f"the energy kind of these runs is {facts['energy kind']}")
+    outcome, reason = _threshold(pair.ratio, 0.60)
+    return Expectation(
+        text, outcome, f"{pair.proposed} on {facts['backbone']}: {reason}; quality {pair.quality}"
+    )
+
+
+def _less_latency(pair: Pair | None) -> Expectation:
+    text = "35 % less p99 latency than TABS"
+    if pair is None:
+        return Expectation(text, "not measured", _NO_PAIR)
+    outcome, reason = _threshold(pair.latency_p99_ratio, 0.65)
+    return Expectation(text, outcome, f"{pair.proposed}: {reason}")
+
+
+def _fewer_parameters(hest: Entry | None, tabs: Entry | None) -> Expectation:
+    text = "90 % fewer controller parameters than TABS"
+    if hest is None or tabs is None:
+        return Expectation(text, "not measured", _NO_PAIR)
+    mine, theirs = (entry.members[-1].run.controller_parameters for entry in (hest, tabs))
+    if not mine or not theirs:
+        return Expectation(text, "not measured", "a run recorded no parameter count")
+    percent = 100 * (1 - mine / theirs)
+    outcome: Outcome = "confirmed" if percent >= 90 else "refuted"
+    return Expectation(text, outcome, f"{percent:.2f} % fewer: {mine:,} against {theirs:,}")
+
+
+def _at_4k(
+    connection: duckdb.DuckDBPyConnection, hest: Entry | None, tabs: Entry | None
+) -> Iterator[Expectation]:
+    never, above = "at 4k tokens never above E_max", "at 4k tokens TABS stands 1.8 x above E_max"
+    if hest is None:
+        yield Expectation(never, "not measured", "there is no hest run")
+        yield Expectation(above, "not measured", _NO_PAIR)
+        return
+    lengths, scope, limit = budget_samples(connection, hest)
+    long = lengths >= LONG_TOKENS
+    longest = int(lengths.max()) if len(lengths) else 0
+    short = (
+        f"the longest sample with scope joules and E_max has {longest:,} tokens"
+        if longest
+        else "no sample has scope joules (predicted) and E_max"
+    )
+    advice = f"{short}; `hestctl profile --seq-len 4096` measures there"
+    if not long.any():
+        yield Expectation(never, "not measured", advice)
+        yield Expectation(above, "not measured", advice if tabs else _NO_PAIR)
+        return
+    over = int(np.count_nonzero(scope[long] > limit[long]))
+    worst = float((scope[long] / limit[long]).max())
+    reason = (
+        f"{over} of {int(long.sum())} above, worst {worst:.2f} x E_max; joules predicted from logged states"
+    )
+    yield Expectation(never, "refuted" if over else "confirmed", f"{hest.label}: {reason}")
+    yield _overshoot(connection, above, hest, tabs, float(limit[long].mean()))
+
+
+def _overshoot(
+    connection: duckdb.DuckDBPyConnection, text: str, hest: Entry, tabs: Entry | None, limit_j: float
+) -> Expectation:
+    if tabs is None:
+        return Expectation(text, "not measured", _NO_PAIR)
+    if tabs.config.scope != hest.config.scope:
+        return Expectation(text, "not measured", "the two runs count different scopes")
+    lengths, scope, _ = budget_samples(connection, tabs, with_limit=False)
+    long = lengths >= LONG_TOKENS
+    if not long.any():
+        return Expectation(
+            text, "not measured", "TABS has no sample at 4k tokens with scope joules (predicted)"
+        )
+    ratio = float(scope[long].mean()) / limit_j
+    reason = (
+        f"{ratio:.2f} x the E_max of {hest.label}, predicted; mostly arithmetic of lengths "
+        "(TABS spends in proportion to tokens), no finding about methods"
+    )
+    return Expectation(text, "confirmed" if round(ratio, 1) >= 1.8 else "refuted", reason)
+
+
+def budget_samples(
+    connection: duckdb.DuckDBPyConnection, entry: Entry, with_limit: bool = True
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Lengths (prompt and new tokens), scope joules and E_max (J) of an entry's samples.
+
+    The samples of its train runs and of the profile runs that belong to them.
+    """
+    runs = [(member.run.run_id, member.store) for member in entry.members]
+    runs += [(profile.run_id, profile.store) for profile in profiles(connection, [entry])]
+    rows: list[tuple[float, float, float]] = []
+    limit = "AND emax_j > 0" if with_limit else ""
+    for run_id, store in runs:
+        rows += connection.execute(
+            "SELECT prompt_tokens + new_tokens, scope_energy_j, coalesce(emax_j, 0) FROM samples "
+            f"WHERE run_id = ? AND store = ? AND scope_energy_j IS NOT NULL {limit}",
+            [run_id, store],
+        ).fetchall()
+    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
+    return table[:, 0], table[:, 1], table[:, 2]
+
+
+def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> list[ProfileRun]:
+    """Finished profile runs that belong to ``entries``, each with the label of its row."""
+    found = []
+    for run, store in read_runs(connection, ("profile",)):
+        owner = next((entry for entry in entries if belongs(run, entry)), None)
+        if run.status == "finished" and owner is not None:
+            parents = [one for one in owner.members if one.run.run_id == run.parent_run_id]
+            parent = parents[0] if parents else owner.members[0]
+            found.append(ProfileRun(run.run_id, store, owner.row_label(parent)))
+    return found
+
+
+def belongs(run: Run, entry: Entry) -> bool:
+    """Whether the profile ``run`` measured the configuration of ``entry``."""
+    if run.parent_run_id is not None:
+        return run.parent_run_id in entry.run_ids
+    if config_of(run) != entry.config:
+        return False
+    first = entry.members[0].run
+    return (run.device_uuid, run.backbone, run.weights, run.dtype) == (
+        first.device_uuid,
+        first.backbone,
+        first.weights,
+        first.dtype,
+    )
+
+
+_NO_PAIR = "it needs a hest run and a tabs run that may be compared"
+
+
+def _threshold(ratio: Measure, limit: float) -> tuple[Outcome, str]:
+    if ratio.value is None:
+        return "not measured", ratio.reason or "no number"
+    text = f"{100 * (ratio.value - 1):+.1f} %"
+    if ratio.low is None or ratio.high is None:
+        return "not measured", f"{text}, without an interval"
+    text += f" [{100 * (ratio.low - 1):+.1f}, {100 * (ratio.high - 1):+.1f}]"
+    if ratio.high <= limit:
+        return "confirmed", text
+    if ratio.low > limit:
+        return "refuted", text
+    return "not measured", f"{text}: the interval holds both answers"

@@ -1,0 +1,325 @@
+"""From the store's views to runs with their samples: which run counts, and what each is called."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import duckdb
+import numpy as np
+
+from hestctl.compare.results import Role, SetApart
+from hestctl.compare.statistics import FloatArray, IntArray, pool_seeds
+from hestctl.records import Run
+
+BASELINES: Final = ("tabs", "bhsp", "lora")
+_BUDGETED: Final = ("hest", "tabs", "bhsp")
+_ROLES: Final[Sequence[Role]] = ("proposed", "ablation", "baseline", "control", "base")
+_JSON_FIELDS: Final = ("settings", "versions", "summary")
+
+_METERED: Final = ("energy_j", "energy_net_j", "prefill_j", "decode_j")
+_PLAIN: Final = (
+    "prompt_tokens", "new_tokens", "batch_size", "latency_s", "scope_energy_j", "emax_j",
+    "rouge1", "rouge2", "rouge_l", "rouge_lsum", "nll", "answer_tokens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The samples of one run, or of several seeds pooled; NaN is "not measured".
+
+    ``columns`` holds the numeric fields of ``records.Sample`` under their own names, and
+    ``correct`` (0 to 1) for classification. ``batches`` numbers the generated batches.
+    """
+
+    ids: tuple[str, ...]
+    batches: IntArray
+    columns: Mapping[str, FloatArray]
+    labels: tuple[str | None, ...]
+    predictions: tuple[str | None, ...]
+
+    def __getitem__(self, name: str) -> FloatArray:
+        return self.columns[name]
+
+    @property
+    def labelled(self) -> bool:
+        """Whether this is classification: every sample has a true label."""
+        return bool(self.labels) and all(label is not None for label in self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """One finished train run with the samples of its test split."""
+
+    run: Run
+    store: str
+    split: str
+    samples: Samples
+    energy_reason: str | None
+    energy_method: str | None
+    invalid_windows: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Config:
+    """What tells one row from another, the seed apart."""
+
+    method: str
+    role: Role
+    precision: str = ""
+    dual: str = ""
+    controller: str = ""
+    scope: str = ""
+    budget: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One configuration with all its seeds; ``samples`` are pooled over them."""
+
+    config: Config
+    label: str
+    members: tuple[Loaded, ...]
+    samples: Samples
+
+    @property
+    def run_ids(self) -> tuple[str, ...]:
+        return tuple(member.run.run_id for member in self.members)
+
+    def row_label(self, member: Loaded) -> str:
+        """The label of one run; it names the seed where there are several."""
+        return self.label if len(self.members) == 1 else f"{self.label} seed {member.run.seed}"
+
+
+def read_runs(connection: duckdb.DuckDBPyConnection, commands: Sequence[str]) -> list[tuple[Run, str]]:
+    """Runs of ``commands`` with their stores, oldest first; a run that two stores hold comes once."""
+    cursor = connection.execute(
+        "SELECT * REPLACE (CAST(created_at AS VARCHAR) AS created_at, "
+        "CAST(finished_at AS VARCHAR) AS finished_at) FROM runs WHERE list_contains(?, command) "
+        "ORDER BY created_at, run_id, store",
+        [list(commands)],
+    )
+    names = [column[0] for column in cursor.description or ()]
+    known = {field.name for field in fields(Run)}
+    runs: dict[str, tuple[Run, str]] = {}
+    for values in cursor.fetchall():
+        row: dict[str, Any] = dict(zip(names, values, strict=True))
+        store = str(row["store"])
+        for name in _JSON_FIELDS:
+            row[name] = _mapping(row.get(name))
+        run = Run(**{name: value for name, value in row.items() if name in known})
+        runs.setdefault(run.run_id, (run, store))
+    return list(runs.values())
+
+
+def load(connection: duckdb.DuckDBPyConnection, run: Run, store: str) -> Loaded | None:
+    """A run with the samples of its test split; ``None`` where it generated none.
+
+    Replicates of a sample are averaged; joules that are not valid, or of another kind than the
+    run's, stay out.
+    """
+    splits = connection.execute(
+        "SELECT split, count(*) FROM samples WHERE run_id = ? AND store = ? GROUP BY split "
+        "ORDER BY (split = 'test') DESC, count(*) DESC, split",
+        [run.run_id, store],
+    ).fetchall()
+    if not splits:
+        return None
+    split = str(splits[0][0])
+    valid = "FILTER (WHERE energy_valid AND energy_kind = $kind)"
+    metered = ", ".join(f"avg({name}) {valid} AS {name}" for name in _METERED)
+    plain = ", ".join(f"avg({name}) AS {name}" for name in _PLAIN)
+    arrays = connection.execute(
+        f"SELECT sample_id, min(batch_index) AS batch, any_value(label) AS label, "
+        f"any_value(predicted_label) AS predicted, {metered}, {plain} FROM samples "
+        "WHERE run_id = $run AND store = $store AND split = $split "
+        "GROUP BY sample_id ORDER BY min(position), sample_id",
+        {"run": run.run_id, "store": store, "split": split, "kind": run.energy_kind or "none"},
+    ).fetchnumpy()
+    reason, method = connection.execute(
+        "SELECT mode(energy_reason) FILTER (WHERE NOT energy_valid OR energy_j IS NULL), "
+        "mode(energy_method) FROM samples WHERE run_id = ? AND store = ? AND split = ?",
+        [run.run_id, store, split],
+    ).fetchall()[0]
+    invalid = connection.execute(
+        "SELECT coalesce(reason, 'no reason recorded'), count(*) FROM windows "
+        "WHERE run_id = ? AND store = ? AND NOT valid GROUP BY 1 ORDER BY 2 DESC, 1",
+        [run.run_id, store],
+    ).fetchall()
+    labels, predictions = _texts(arrays["label"]), _texts(arrays["predicted"])
+    columns = {name: _numbers(arrays[name]) for name in (*_METERED, *_PLAIN)}
+    columns["correct"] = np.array(
+        [
+            np.nan if label is None else float(label == predicted)
+            for label, predicted in zip(labels, predictions, strict=True)
+        ]
+    )
+    ids = tuple(str(name) for name in arrays["sample_id"])
+    samples = Samples(ids, _numbers(arrays["batch"]).astype(np.int64), columns, labels, predictions)
+    return Loaded(run, store, split, samples, reason, method, tuple((str(why), int(n)) for why, n in invalid))
+
+
+def facts(loaded: Loaded) -> dict[str, str]:
+    """What two runs must share before their joules may stand side by side."""
+    run = loaded.run
+    # Boards of one model differ by up to 5 %: the UUID, not the name, makes the device.
+    device = " ".join(filter(None, (run.device_name, f"({run.device_uuid})" if run.device_uuid else None)))
+    values: dict[str, object] = {
+        "device": device or None,
+        "backbone": run.backbone,
+        "weights": run.weights,
+        "dtype": run.dtype,
+        "dataset": run.dataset,
+        "data hash": run.data_hash,
+        "split": loaded.split,
+        "engine": run.engine,
+        "beams": run.num_beams,
+        "new tokens at most": run.max_new_tokens,
+        "batch size": run.batch_size,
+        "meter": run.meter,
+        "energy kind": run.energy_kind or "none",
+    }
+    return {name: "not recorded" if value is None else str(value) for name, value in values.items()}
+
+
+def config_of(run: Run) -> Config | None:
+    """The configuration of a run, ``None`` for a method this program does not know."""
+    method = run.method or ""
+    if method not in ("hest", *BASELINES, "base"):
+        return None
+    ablated = run.precision == "fp16-only" or run.dual == "none" or run.controller == "unfactorised"
+    role: Role
+    if _is_control(run):
+        role = "control"
+    elif method == "hest":
+        role = "ablation" if ablated else "proposed"
+    else:
+        role = "base" if method == "base" else "baseline"
+    scope = run.scope or "" if method in _BUDGETED else ""
+    if method != "hest":
+        return Config(method, role, scope=scope)
+    budget = "" if run.emax_j is None else f"{run.emax_j:.4g} J"
+    if run.emax_ratio is not None:
+        budget = f"{run.emax_ratio:g}"
+    return Config(method, role, run.precision or "", run.dual or "", run.controller or "", scope, budget)
+
+
+def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[SetApart]]:
+    """Configurations in the order of print, and the older duplicates they supersede."""
+    latest: dict[tuple[Config, int | None], Loaded] = {}
+    superseded: list[tuple[Loaded, Loaded]] = []
+    for member in sorted(members, key=lambda one: (one.run.created_at, one.run.run_id)):
+        config = config_of(member.run)
+        if config is None:
+            continue
+        key = (config, member.run.seed)
+        if key in latest:
+            superseded.append((latest[key], member))
+        latest[key] = member
+    seeds: dict[Config, list[Loaded]] = defaultdict(list)
+    for (config, _), member in latest.items():
+        seeds[config].append(member)
+    labels = _labels(list(seeds))
+    ordered = sorted(seeds, key=lambda config: (_ROLES.index(config.role), _rank(config), labels[config]))
+    made = [
+        Entry(config, labels[config], tuple(seeds[config]), _pooled([one.samples for one in seeds[config]]))
+        for config in ordered
+    ]
+    older = [
+        SetApart(
+            old.run.run_id,
+            plain_label(old.run),
+            "superseded",
+            f"{new.run.run_id} is later and of the same kind",
+        )
+        for old, new in superseded
+    ]
+    return made, older
+
+
+def plain_label(run: Run) -> str:
+    """A run's label by itself, such as ``hest 0.6``."""
+    config = config_of(run)
+    return _label(config, with_budget=True) if config else run.method or "unknown method"
+
+
+def _label(config: Config, with_budget: bool) -> str:
+    parts = [config.method]
+    if with_budget and config.budget:
+        parts.append(config.budget)
+    if config.precision == "fp16-only":
+        parts.append("fp16-only")
+    if config.dual == "none":
+        parts.append("no dual")
+    if config.controller == "unfactorised":
+        parts.append("unfactorised")
+    if config.role == "control":
+        parts.append("int8 control")
+    return " ".join(parts)
+
+
+def _labels(configs: Sequence[Config]) -> dict[Config, str]:
+    ablations = Counter(_label(config, False) for config in configs if config.role == "ablation")
+    labels = {
+        config: _label(config, with_budget=config.role != "ablation" or ablations[_label(config, False)] > 1)
+        for config in configs
+    }
+    for label, count in Counter(labels.values()).items():
+        if count == 1:
+            continue
+        alike = [config for config in configs if labels[config] == label]
+        for name in ("scope", "dual", "precision", "controller", "budget"):
+            if len({getattr(config, name) for config in alike}) > 1:
+                for config in alike:
+                    labels[config] = f"{labels[config]} {getattr(config, name) or f'no {name}'}"
+    return labels
+
+
+def _rank(config: Config) -> tuple[int, str]:
+    order = ("hest", *BASELINES)
+    return (order.index(config.method) if config.method in order else len(order), config.budget)
+
+
+def _pooled(samples: Sequence[Samples]) -> Samples:
+    if len(samples) == 1:
+        return samples[0]
+    names = tuple(samples[0].columns)
+    tables = [np.column_stack([one[name] for name in names]) for one in samples]
+    ids, table = pool_seeds([one.ids for one in samples], tables)
+    first = {name: place for place, name in enumerate(samples[0].ids)}
+    kept = [first[name] for name in ids]
+    return Samples(
+        tuple(ids),
+        samples[0].batches[kept],
+        {name: table[:, place] for place, name in enumerate(names)},
+        tuple(samples[0].labels[place] for place in kept),
+        tuple(None for _ in kept),
+    )
+
+
+def _is_control(run: Run) -> bool:
+    backbone = run.settings.get("backbone")
+    if not isinstance(backbone, Mapping):
+        return False
+    return backbone.get("precision") == "int8" or bool(backbone.get("static_skip"))
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    loaded = json.loads(value) if isinstance(value, str) else value
+    return dict(loaded) if isinstance(loaded, Mapping) else {}
+
+
+def _numbers(values: Any) -> FloatArray:
+    masked = np.ma.asarray(values)
+    return np.asarray(np.ma.filled(masked.astype(np.float64), np.nan), dtype=np.float64)
+
+
+def _texts(values: Any) -> tuple[str | None, ...]:
+    hidden = np.ma.getmaskarray(values)
+    data = np.ma.getdata(values)
+    return tuple(
+        None if out or value is None else str(value) for value, out in zip(data, hidden, strict=True)
+    )

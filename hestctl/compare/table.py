@@ -1,0 +1,275 @@
+"""The comparison itself: which runs stand side by side, which pair decides, and what follows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Literal
+
+import duckdb
+
+from hestctl.compare import expectations, measures, pairs
+from hestctl.compare.loading import (
+    BASELINES,
+    Entry,
+    Loaded,
+    config_of,
+    entries,
+    facts,
+    load,
+    plain_label,
+    read_runs,
+)
+from hestctl.compare.report import as_json, write_csv
+from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
+from hestctl.compare.statistics import Measure, absent
+from hestctl.compare.text import TextTable, as_rows, summary_lines
+from hestctl.errors import Exit, HestError
+from hestctl.records import EnergyKind, Run
+
+__all__ = ["Comparison", "TextTable", "as_json", "as_rows", "compare", "summary_lines", "write_csv"]
+
+
+def compare(
+    connection: duckdb.DuckDBPyConnection,
+    *,
+    margin: float = 1.0,
+    methods: Sequence[str] | None = None,
+    dataset: str | None = None,
+) -> Comparison:
+    """Compare the finished train runs that may be compared; the others are set apart with reasons.
+
+    ``connection`` has the views ``runs``, ``samples`` and so on of the store. ``margin`` is what a
+    score may lose and still count as equal, in points of 100. ``methods`` and ``dataset`` narrow
+    the runs. Raises HestError where no finished run is left.
+    """
+    if not margin > 0:
+        raise HestError(
+            f"the margin is {margin:g} points; equal quality needs one above 0",
+            "try --margin 1.0",
+            Exit.USAGE,
+        )
+    loaded, apart = _candidates(connection, methods, dataset)
+    group, others = _main_group(loaded)
+    made, superseded = entries(group)
+    rows = tuple(measures.row(entry, member) for entry in made for member in entry.members)
+    kind: EnergyKind = group[0].run.energy_kind or "none"
+    compared = _pairs(made, kind, margin)
+    baseline = _cheapest(_not_worst([entry for entry in made if entry.config.role == "baseline"], margin))
+    control = _cheapest(_not_worst([entry for entry in made if entry.config.role == "control"], margin))
+    proposed = _best_proposed(
+        [entry for entry in made if entry.config.role == "proposed"], baseline, compared
+    )
+    gap = _gap(proposed, baseline, compared, "baseline (lora, bhsp or tabs)")
+    control_gap = _gap(proposed, control, compared, "control (any method with an int8 backbone)")
+    tabs = _entry_of(made, "tabs", proposed)
+    deciding = _pair_of(compared, proposed, baseline)
+    shared = facts(group[0])
+    return Comparison(
+        task="classification" if all(one.samples.labelled for one in group) else "summarisation",
+        facts=shared,
+        energy_kind=kind,
+        margin_points=margin,
+        rows=rows,
+        pairs=tuple(compared),
+        best_proposed=_best(proposed),
+        best_baseline=_best(baseline),
+        best_control=_best(control),
+        gap=gap,
+        gap_vs_controls=control_gap,
+        estimated_time_ratio=_time_ratio(deciding, kind),
+        conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap),
+        set_apart=(*others, *superseded, *apart),
+        expectations=expectations.lines(
+            connection, shared, proposed, tabs, rows, _pair_of(compared, proposed, tabs)
+        ),
+        profile_runs=tuple(expectations.profiles(connection, made)),
+    )
+
+
+def _candidates(
+    connection: duckdb.DuckDBPyConnection, methods: Sequence[str] | None, dataset: str | None
+) -> tuple[list[Loaded], list[SetApart]]:
+    every = read_runs(connection, ("train",))
+    if not every:
+        raise HestError("the store holds no train run", "train one: hestctl train --method hest")
+    wanted = [
+        (run, store)
+        for run, store in every
+        if (methods is None or run.method in methods) and (dataset is None or run.dataset == dataset)
+    ]
+    if not wanted:
+        held = sorted({f"{run.method} on {run.dataset}" for run, _ in every})
+        raise HestError(
+            "no train run is of the methods and data set asked for",
+            f"the store holds: {', '.join(held)}; `hestctl compare` without filters shows them",
+            Exit.USAGE,
+        )
+    loaded: list[Loaded] = []
+    apart: list[SetApart] = []
+    for run, store in wanted:
+        if config_of(run) is None:
+            apart.append(_apart(run, "not comparable", f"unknown method '{run.method}'"))
+        elif run.status != "finished":
+            reason = f"{run.status}: {run.error}" if run.error else run.status
+            apart.append(_apart(run, "unfinished", reason))
+        elif (one := load(connection, run, store)) is None:
+            apart.append(_apart(run, "without samples", "it generated no test samples"))
+        else:
+            loaded.append(one)
+    if not loaded:
+        states = "; ".join(f"{one.run_id} {one.reason}" for one in apart[-3:])
+        raise HestError(
+            f"no train run is finished with test samples ({states})",
+            f"train one to its end: hestctl train --method {wanted[-1][0].method or 'hest'}",
+        )
+    return loaded, apart
+
+
+def _apart(
+    run: Run, kind: Literal["not comparable", "unfinished", "without samples"], reason: str
+) -> SetApart:
+    return SetApart(run.run_id, plain_label(run), kind, reason)
+
+
+def _main_group(loaded: Sequence[Loaded]) -> tuple[list[Loaded], list[SetApart]]:
+    groups: dict[tuple[str, ...], list[Loaded]] = defaultdict(list)
+    for one in loaded:
+        groups[tuple(facts(one).values())].append(one)
+
+    def rank(members: list[Loaded]) -> tuple[bool, int, str]:
+        methods = {one.run.method for one in members}
+        configs = {config_of(one.run) for one in members}
+        decides = "hest" in methods and not methods.isdisjoint(BASELINES)
+        return decides, len(configs), max(one.run.created_at for one in members)
+
+    main = max(groups.values(), key=rank)
+    mine = facts(main[0])
+    others = [one for members in groups.values() if members is not main for one in members]
+    return main, [
+        SetApart(
+            one.run.run_id,
+            plain_label(one.run),
+            "not comparable",
+            "; ".join(
+                f"{name} is {value}, not {mine[name]}"
+                for name, value in facts(one).items()
+                if value != mine[name]
+            ),
+        )
+        for one in others
+    ]
+
+
+def _pairs(made: Sequence[Entry], kind: EnergyKind, margin: float) -> list[Pair]:
+    proposed = [entry for entry in made if entry.config.role == "proposed"]
+    others = [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")]
+    return [pairs.pair(one, other, kind, margin) for one in proposed for other in others]
+
+
+def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
+    """A baseline shown to be worse than the best-scoring one is no yardstick; one merely undecided
+    stays, so that a lack of samples cannot remove a cheap rival."""
+    if not side:
+        return []
+    scored = [(score, entry) for entry in side if (score := measures.mean_score(entry)) is not None]
+    if not scored:
+        return list(side)
+    best = max(scored, key=lambda pair: pair[0])[1]
+    return [
+        entry for entry in side if entry is best or pairs.quality(entry, best, margin).verdict != "inferior"
+    ]
+
+
+def _cheapest(side: Sequence[Entry]) -> Entry | None:
+    """The fewest joules per sample; without joules, the first."""
+    priced = [
+        (joules, place)
+        for place, entry in enumerate(side)
+        if (joules := measures.mean_joules(entry)) is not None
+    ]
+    if not priced:
+        return side[0] if side else None
+    return side[min(priced)[1]]
+
+
+def _best_proposed(side: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair]) -> Entry | None:
+    """The fewest joules among those shown not inferior to the best baseline, and shown inferior to
+    none; else among all."""
+    worse = {one.proposed for one in compared if one.other_role == "baseline" and one.quality == "inferior"}
+    equal = [
+        entry
+        for entry in side
+        if entry.label not in worse
+        and (pair := _pair_of(compared, entry, baseline)) is not None
+        and pair.quality == "not inferior"
+    ]
+    return _cheapest(equal or side)
+
+
+def _entry_of(made: Sequence[Entry], method: str, beside: Entry | None) -> Entry | None:
+    """The baseline entry of ``method``, of the scope of ``beside`` where there are several."""
+    found = [entry for entry in made if entry.config.method == method and entry.config.role == "baseline"]
+    same = [entry for entry in found if beside is not None and entry.config.scope == beside.config.scope]
+    return next(iter(same or found), None)
+
+
+def _pair_of(compared: Sequence[Pair], proposed: Entry | None, other: Entry | None) -> Pair | None:
+    if proposed is None or other is None:
+        return None
+    return next((one for one in compared if (one.proposed, one.other) == (proposed.label, other.label)), None)
+
+
+def _best(entry: Entry | None) -> Best | None:
+    joules = measures.mean_joules(entry) if entry is not None else None
+    if entry is None or joules is None:
+        return None
+    return Best(entry.label, entry.run_ids[-1], entry.run_ids, joules)
+
+
+def _gap(proposed: Entry | None, other: Entry | None, compared: Sequence[Pair], side: str) -> Gap:
+    if proposed is None:
+        reason = "there is no hest run in this comparison"
+    elif other is None:
+        reason = f"there is no {side} in this comparison"
+    else:
+        pair = _pair_of(compared, proposed, other)
+        if pair is not None and pair.gap_percent.value is not None:
+            return Gap(pair.gap_percent, None)
+        reason = "the two were not paired" if pair is None else _no_gap(pair)
+    return Gap(absent(reason), reason)
+
+
+def _no_gap(pair: Pair) -> str:
+    reason = pair.gap_percent.reason or "no joules"
+    return f"{reason}: {pair.quality_reason}" if reason.startswith("quality") else reason
+
+
+def _time_ratio(deciding: Pair | None, kind: EnergyKind) -> Measure:
+    if kind == "measured":
+        return absent("the joules are measured: see the gap")
+    return deciding.time_ratio if deciding is not None else absent("it needs a hest run and a baseline")
+
+
+def _conclusion(deciding: Pair | None, controlled: Pair | None, gap: Gap, control_gap: Gap) -> str:
+    """HEST saves energy only if it saves against the baselines and against the controls."""
+    if deciding is None:
+        return f"Not shown that HEST saves energy: {gap.reason}."
+    if deciding.verdict != "less energy at equal quality":
+        return (
+            f"Not shown that HEST saves energy: {deciding.verdict} against {deciding.other} ({deciding.why})."
+        )
+    if controlled is None:
+        return (
+            f"HEST uses less energy than {deciding.other} ({deciding.why}). Not shown that choosing saves "
+            f"energy beyond quantising: {control_gap.reason}."
+        )
+    if controlled.verdict != "less energy at equal quality":
+        return (
+            f"HEST uses less energy than {deciding.other} ({deciding.why}). Not shown that choosing saves "
+            f"energy beyond quantising: {controlled.verdict} against {controlled.other} ({controlled.why})."
+        )
+    return (
+        f"HEST saves energy: against {deciding.other} {deciding.why}; "
+        f"against {controlled.other} {controlled.why}."
+    )

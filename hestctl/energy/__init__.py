@@ -1,0 +1,1 @@
+"""Joules that can be stood behind: counters, interpolated windows, validity and the meter's certificate."""

@@ -1,0 +1,78 @@
+"""Joules that no window can hold: shares of a batch, and the two phases of a sample."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from hestctl.energy.protocol import Unavailable
+
+_LEAST_ANGLE = 1e-4
+
+
+def apportion(total_j: float, error_j: float, weights: Sequence[float]) -> list[tuple[float, float]]:
+    """Splits a batch's joules among its samples in proportion to ``weights``: ``(joules, error_j)`` each.
+
+    The rule is a convention (weights are the tokens a sample took part with): the meter saw the batch only.
+    Errors are split by the same shares, for an error of the total moves every share alike; the shares and
+    their errors add up to ``total_j`` and ``error_j``. Raises ValueError for weights that are negative, not
+    finite, or all zero.
+    """
+    whole = math.fsum(weights)
+    if not math.isfinite(whole) or whole <= 0 or min(weights) < 0:
+        raise ValueError("weights must be finite, not negative, and not all zero")
+    return [(total_j * (weight / whole), error_j * (weight / whole)) for weight in weights]
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseSplit:
+    """Joules per prompt token and per new token, each with its standard error (J), over ``samples``."""
+
+    prompt_j_per_token: float
+    prompt_error_j: float
+    new_j_per_token: float
+    new_error_j: float
+    samples: int
+
+    def split_j(self, energy_j: float, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """A sample's measured joules as ``(prefill, decode)``, in the proportion of the fit."""
+        prompt = self.prompt_j_per_token * prompt_tokens
+        new = self.new_j_per_token * new_tokens
+        (prefill_j, _), (decode_j, _) = apportion(energy_j, 0.0, (prompt, new))
+        return prefill_j, decode_j
+
+
+def split_phases(rows: Iterable[tuple[int, int, float]]) -> PhaseSplit | Unavailable:
+    """Regresses joules on tokens over samples: ``(prompt_tokens, new_tokens, joules)`` each.
+
+    Ordinary least squares of ``joules = a * prompt + b * new`` without a constant, so that the phases add
+    up to the sample; standard errors from the residuals with n - 2 degrees of freedom (normal equations).
+    ``Unavailable`` with the reason where the two cannot be told apart: fewer than three samples, lengths in
+    one proportion throughout, or a fit that gives a phase negative joules.
+    """
+    samples = list(rows)
+    if len(samples) < 3:
+        return Unavailable(f"{len(samples)} samples; telling the phases apart takes at least 3")
+    pp = math.fsum(p * p for p, _, _ in samples)
+    nn = math.fsum(n * n for _, n, _ in samples)
+    pn = math.fsum(p * n for p, n, _ in samples)
+    determinant = pp * nn - pn * pn
+    if determinant <= _LEAST_ANGLE * pp * nn:
+        return Unavailable("prompt and new tokens stand in one proportion in all samples; vary the lengths")
+    pe = math.fsum(p * e for p, _, e in samples)
+    ne = math.fsum(n * e for _, n, e in samples)
+    prompt = (nn * pe - pn * ne) / determinant
+    new = (pp * ne - pn * pe) / determinant
+    if prompt < 0 or new < 0:
+        phase = "prompt" if prompt < 0 else "new"
+        return Unavailable(f"the fit gives negative joules per {phase} token; more samples or lengths needed")
+    squares = math.fsum((e - prompt * p - new * n) ** 2 for p, n, e in samples)
+    variance = squares / (len(samples) - 2)
+    return PhaseSplit(
+        prompt_j_per_token=prompt,
+        prompt_error_j=math.sqrt(variance * nn / determinant),
+        new_j_per_token=new,
+        new_error_j=math.sqrt(variance * pp / determinant),
+        samples=len(samples),
+    )

@@ -1,0 +1,117 @@
+"""Generation with hardened adapters through transformers' own ``generate``: the reference engine.
+
+Shape legend: Q requests, W rows (Q * beams), T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GenerationConfig
+
+from hestctl.data.prompts import Encoded, prompt_batch, train_batch
+from hestctl.generation.hardpass import HardPass
+from hestctl.hardening.plan import Plan
+from hestctl.model.backbone import Backbone
+from hestctl.model.spectral import SpectralAdapters, applied
+
+ENGINE = "transformers"
+
+
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """One batch's result: new token ids per request (stop token included), and the log of states."""
+
+    new_ids: list[list[int]]
+    stopped: list[bool]
+    counts_QLS: Tensor | None
+
+
+class Generator:
+    """A backbone with hardened adapters, ready to generate.
+
+    ``adapters`` is None for methods without directions (base, merged LoRA); ``plan`` binds the
+    ledger where a budget holds.
+    """
+
+    def __init__(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> None:
+        self.backbone = backbone
+        self.adapters = adapters
+        self.plan = plan
+
+    @torch.inference_mode()
+    def generate(
+        self, rows: Sequence[Encoded], *, new_tokens: int, num_beams: int, forced_length: bool = False
+    ) -> Generated:
+        """Greedy or beam search from left-padded prompts, at most ``new_tokens`` new ones each.
+
+        ``forced_length`` makes it exactly that many: stop tokens cannot be chosen before.
+        """
+        device = self.backbone.device
+        batch = prompt_batch(rows, self.backbone.pad_id)
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        config = GenerationConfig(
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens if forced_length else 0,
+            num_beams=num_beams,
+            do_sample=False,
+            pad_token_id=self.backbone.pad_id,
+            eos_token_id=list(self.backbone.stop_ids),
+        )
+        gates = self._gates(mask.repeat_interleave(num_beams, 0), mask.sum(1), new_tokens, num_beams)
+        model: Any = self.backbone.model
+        with applied(self.backbone.layers, gates) if gates else nullcontext():
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        new_ids, stopped = [], []
+        for row in out[:, ids.shape[1] :].tolist():
+            end = next((i + 1 for i, token in enumerate(row) if token in self.backbone.stop_ids), None)
+            new_ids.append(row[: end or len(row)])
+            stopped.append(end is not None)
+        return Generated(new_ids, stopped, gates.counts_QLS.cpu() if gates else None)
+
+    @torch.inference_mode()
+    def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
+        """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
+        device = self.backbone.device
+        batch = prompt_batch(rows, self.backbone.pad_id)
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        gates = self._gates(mask, mask.sum(1), 0, 1)
+        with applied(self.backbone.layers, gates) if gates else nullcontext():
+            out = self.backbone.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0),
+                logits_to_keep=1,
+                use_cache=False,
+            )
+        return out.logits[:, -1].float().cpu(), gates.counts_QLS.cpu() if gates else None
+
+    @torch.inference_mode()
+    def answer_nll(self, rows: Sequence[Encoded]) -> list[float]:
+        """Summed negative log-likelihood (nats) of each row's reference answer under the hard gates."""
+        device = self.backbone.device
+        batch = train_batch(rows, self.backbone.pad_id)
+        ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        labels = batch.labels.to(device)[:, 1:]
+        gates = self._gates(mask, mask.sum(1), 0, 1)
+        with applied(self.backbone.layers, gates) if gates else nullcontext():
+            out = self.backbone.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
+        wanted = labels != -100
+        logits = self.backbone.model.lm_head(out.last_hidden_state[:, :-1][wanted])
+        losses = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
+        return [float(part.sum()) for part in losses.split(wanted.sum(1).tolist())]
+
+    def _gates(self, mask_WT: Tensor, prompt_Q: Tensor, new_tokens: int, beams: int) -> HardPass | None:
+        if self.adapters is None:
+            return None
+        requests = len(prompt_Q)
+        ledger = None
+        if self.plan is not None:
+            ledger = self.plan.ledger((prompt_Q + new_tokens) * beams)
+        return HardPass(self.adapters, mask_WT, requests, ledger)

@@ -1,0 +1,117 @@
+"""The ledger: no generated sample spends more on its directions than its E_max, whatever the gates ask.
+
+Every (layer, request) has a purse that earns a fixed income with each token and carries what is left
+along the tokens of that layer. A token whose gates ask for more than the purse holds gets less:
+first full becomes int8 (where int8 is offered), then off, the least important directions first.
+All sums are integers, so that splitting a prompt into chunks changes nothing.
+
+Shape legend: Q requests, W rows of the batch (Q * beams), T tokens, L layers, R directions, S = 3 states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hestctl.model.gates import FULL, INT8, OFF
+
+_FINE_BITS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Tariff:
+    """Whole-number prices of the states, and what one unit is worth in joules.
+
+    Prices are rounded up, so that joules computed from states never exceed those the ledger saw.
+    """
+
+    int8: int
+    full: int
+    unit_j: float
+
+    @classmethod
+    def from_costs(cls, costs_j: tuple[float, float, float], *, uses_int8: bool) -> Tariff:
+        _, int8_j, full_j = costs_j
+        if not uses_int8:
+            return cls(int8=1, full=1, unit_j=full_j)
+        unit_j = full_j / 16
+        return cls(int8=-int(-int8_j // unit_j), full=16, unit_j=unit_j)
+
+    def prices(self, device: torch.device) -> Tensor:
+        return torch.tensor([0, self.int8, self.full], dtype=torch.int64, device=device)
+
+
+def incomes(
+    emax_j: float, margin: float, pace_L: Tensor, work_Q: Tensor, tariff: Tariff
+) -> Tensor:
+    """Income per token of every (layer, request) in 2**-20 units, (L, Q) int64.
+
+    ``work_Q`` is the most token positions the request can run (prompt plus new tokens, times beams);
+    over that many tokens the incomes of all layers add up to at most ``(1 - margin) * emax_j``.
+    """
+    units = (1 - margin) * emax_j / tariff.unit_j
+    share_L = pace_L.double() / pace_L.double().sum()
+    per_token = units * share_L[:, None] / work_Q.double()[None, :]
+    return (per_token * 2**_FINE_BITS).floor().long()
+
+
+class Ledger:
+    """One ledger a batch of requests; beams of a request share its purses.
+
+    ``allow`` is called once per layer and forward pass, in token order. Memory: L * Q integers.
+    """
+
+    def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
+        self._income_LQ = income_LQ
+        self._order_LR = order_LR
+        self._prices_S = tariff.prices(income_LQ.device)
+        self._uses_int8 = uses_int8
+        self._purse_LQ = torch.zeros_like(income_LQ)
+        self._seen_LQ = torch.zeros_like(income_LQ)
+
+    def allow(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
+        """The states that may run, (W, T, R). ``real_WT`` is false on padding, which is always off."""
+        requests = self._income_LQ.shape[1]
+        rows, tokens, _ = asked_WTR.shape
+        beams = rows // requests
+        asked_WTR = asked_WTR * real_WT[..., None]
+
+        def by_request(x: Tensor) -> Tensor:
+            # Token-major within a request: beams of one position stand side by side.
+            return x.view(requests, beams, tokens, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+
+        asked_QNR, real_QN = by_request(asked_WTR), by_request(real_WT).long()
+        nth_QN = self._seen_LQ[layer][:, None] + real_QN.cumsum(1)
+        fine_Q1 = self._income_LQ[layer][:, None]
+        income_QN = ((fine_Q1 * nth_QN) >> _FINE_BITS) - ((fine_Q1 * (nth_QN - real_QN)) >> _FINE_BITS)
+        cost_QN = self._prices_S[asked_QNR].sum(-1)
+        start_Q1 = self._purse_LQ[layer][:, None]
+        # q[t] = max(0, q[t-1] + income[t] - cost[t]), for all t at once (Lindley's recursion).
+        walk_QN = start_Q1 + (income_QN - cost_QN).cumsum(1)
+        left_QN = walk_QN - walk_QN.cummin(1).values.clamp(max=0)
+        before_QN = torch.cat((start_Q1, left_QN[:, :-1]), 1) + income_QN
+        self._purse_LQ[layer] = left_QN[:, -1]
+        self._seen_LQ[layer] = nth_QN[:, -1]
+        allowed_QNR = _trim(asked_QNR, before_QN, self._order_LR[layer], self._prices_S, self._uses_int8)
+        shape = (requests, tokens, beams, asked_WTR.shape[2])
+        return allowed_QNR.view(shape).transpose(1, 2).reshape(asked_WTR.shape)
+
+
+def _trim(asked: Tensor, purse: Tensor, order_R: Tensor, prices_S: Tensor, uses_int8: bool) -> Tensor:
+    """Demote the least important directions until the token's price fits its purse."""
+    ranked = asked[..., order_R]
+    price = prices_S[ranked]
+    if uses_int8:
+        lower = torch.where(ranked == FULL, INT8, ranked)
+        low_price = prices_S[lower]
+        # Keeping the first j as asked and the rest lowered costs prefix(j) + suffix(j).
+        kept_cost = price.cumsum(-1) + low_price.sum(-1, keepdim=True) - low_price.cumsum(-1)
+        ranked = torch.where(kept_cost <= purse[..., None], ranked, lower)
+        price = prices_S[ranked]
+    fits = price.cumsum(-1) <= purse[..., None]
+    ranked = torch.where(fits, ranked, OFF)
+    allowed = torch.empty_like(asked)
+    allowed[..., order_R] = ranked
+    return allowed

@@ -1,0 +1,413 @@
+"""Settings: flag > ``HESTCTL_*`` environment > profile (TOML) > default, each value with its origin.
+
+Every room of the program receives only its own sub-model from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from hestctl.errors import Exit, HestError
+
+DEFAULT_PROFILE = "quickstart"
+_PREFIX = "HESTCTL_"
+
+MethodName = Literal["hest", "tabs", "bhsp", "lora", "base"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class BackboneSettings(_Section):
+    """Which frozen causal LM, in which floating type, on which device."""
+
+    name: str = "smollm2-135m"
+    weights: Literal["pretrained", "random"] = "pretrained"
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSettings(_Section):
+    """Where the samples come from; ``None`` for a count takes the whole split."""
+
+    source: str = "embedded"
+    train_file: Path | None = None
+    validation_file: Path | None = None
+    test_file: Path | None = None
+    article_column: str = "article"
+    summary_column: str = "highlights"
+    id_column: str = "id"
+    train_samples: int | None = Field(default=None, ge=1)
+    validation_samples: int | None = Field(default=None, ge=1)
+    test_samples: int | None = Field(default=None, ge=1)
+    max_tokens: int = Field(default=4096, ge=16)
+    max_answer_tokens: int = Field(default=256, ge=4)
+
+
+class MethodSettings(_Section):
+    """What is trained (METHOD names: hest, tabs, bhsp, lora, base) and its ablations."""
+
+    name: MethodName = "hest"
+    scope: Literal["adapter"] = "adapter"
+    rank: int = Field(default=16, ge=1, le=256)
+    controller_width: int = Field(default=32, ge=1, le=1024)
+    controller: Literal["factorised", "unfactorised"] = "factorised"
+    precision: Literal["mixed", "fp16-only"] = "mixed"
+    tau: float = Field(default=0.67, gt=0, le=10)
+    lora_rank: int = Field(default=8, ge=1, le=256)
+    lora_alpha: float = Field(default=16.0, gt=0)
+
+
+class BudgetSettings(_Section):
+    """The budget in joules per sample, and the multiplier that enforces it in training."""
+
+    emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
+    emax_j: float | None = Field(default=None, gt=0)
+    reference: str | None = None
+    dual: Literal["plain", "clamp", "none"] = "clamp"
+    alpha: float = Field(default=0.05, gt=0, le=1)
+    lambda0: float = Field(default=0.1, ge=0)
+    margin: float = Field(default=0.01, ge=0, lt=0.5)
+
+
+class TrainSettings(_Section):
+    """The optimiser, its schedule, and when to look, to save and to stop.
+
+    ``learning_rate`` is for directions and LoRA matrices, ``scale_learning_rate`` for their scales s,
+    ``gate_learning_rate`` for controllers, ``threshold_learning_rate`` for thresholds (in spreads of
+    their layer's scores).
+    """
+
+    epochs: int = Field(default=3, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    learning_rate: float = Field(default=3e-5, gt=0)
+    gate_learning_rate: float = Field(default=1e-3, gt=0)
+    threshold_learning_rate: float = Field(default=0.03, gt=0)
+    scale_learning_rate: float | None = Field(default=None, gt=0)
+    warmup_steps: int = Field(default=500, ge=0)
+    batch_size: int = Field(default=4, ge=1)
+    accumulation: int = Field(default=8, ge=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    gradient_checkpointing: bool = False
+    eval_steps: int = Field(default=200, ge=1)
+    save_steps: int = Field(default=1000, ge=1)
+    log_steps: int = Field(default=50, ge=1)
+    patience: int = Field(default=3, ge=1)
+    early_stop_samples: int = Field(default=16, ge=0)
+    keep_checkpoints: int = Field(default=2, ge=1)
+    seed: int = Field(default=42, ge=0)
+
+
+class GenerationSettings(_Section):
+    """How text is generated in every evaluation, the same for every method."""
+
+    new_tokens: int = Field(default=128, ge=1, le=4096)
+    num_beams: int = Field(default=1, ge=1, le=16)
+    batch_size: int = Field(default=1, ge=1, le=256)
+
+
+class EnergySettings(_Section):
+    """The meter. ``nominal_watts`` is per busy core and serves the estimate alone."""
+
+    meter: Literal["auto", "nvml", "rapl", "estimate", "none"] = "auto"
+    nominal_watts: float = Field(default=8.0, gt=0)
+    poll_s: float = Field(default=0.005, gt=0, le=1)
+    calibration_s: float = Field(default=0.3, gt=0, le=60)
+
+
+class ProfileSettings(_Section):
+    """What ``hestctl profile`` sweeps: lengths up to ``seq_len`` tokens."""
+
+    seq_len: int = Field(default=1024, ge=16)
+    batch_sizes: Annotated[tuple[int, ...], NoDecode] = (1,)
+    new_tokens: int = Field(default=128, ge=1)
+    repeats: int = Field(default=3, ge=1)
+
+    @field_validator("batch_sizes", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 1:
+            raise ValueError("batch sizes are whole numbers of at least 1, such as 1,4")
+        return value
+
+
+class SearchSettings(_Section):
+    """The Optuna search: ranges are ``[low, high]``, choices are lists."""
+
+    trials: int = Field(default=0, ge=0)
+    timeout_min: float = Field(default=360.0, gt=0)
+    learning_rate: tuple[float, float] = (1e-5, 5e-4)
+    controller_width: tuple[int, ...] = (16, 32, 64)
+    emax_ratio: tuple[float, float] = (0.4, 0.8)
+    tau: tuple[float, float] = (0.4, 1.0)
+    alpha: tuple[float, float] = (0.01, 0.2)
+    batch_size: tuple[int, ...] = (2, 4)
+    accumulation: tuple[int, ...] = (4, 8, 16)
+
+
+class Settings(BaseSettings):
+    """Everything a command may be told; one sub-model a room."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=True
+    )
+
+    backbone: BackboneSettings = BackboneSettings()
+    data: DataSettings = DataSettings()
+    method: MethodSettings = MethodSettings()
+    budget: BudgetSettings = BudgetSettings()
+    train: TrainSettings = TrainSettings()
+    generation: GenerationSettings = GenerationSettings()
+    energy: EnergySettings = EnergySettings()
+    profile: ProfileSettings = ProfileSettings()
+    search: SearchSettings = SearchSettings()
+    db: Path = Path("runs.duckdb")
+
+    @model_validator(mode="after")
+    def _room_for_the_answer(self) -> Settings:
+        if self.data.max_answer_tokens >= self.data.max_tokens:
+            raise ValueError("data.max_answer_tokens must be below data.max_tokens")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Settings, and for every dotted key where its value came from."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+    profile: str
+
+
+def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
+    """A copy with some dotted keys changed, validated. Raises HestError (usage) for a bad value."""
+    document = settings.model_dump()
+    for key, value in values.items():
+        *parents, leaf = key.split(".")
+        room = document
+        for parent in parents:
+            room = room[parent]
+        room[leaf] = value
+    return from_document(document)
+
+
+def from_document(document: Mapping[str, Any]) -> Settings:
+    """Settings as a run recorded them. Raises HestError (usage) where they no longer fit."""
+    try:
+        rooms = {
+            name: field.annotation.model_validate(document[name])
+            for name, field in Settings.model_fields.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        }
+    except (ValidationError, KeyError) as error:
+        raise HestError(
+            f"these settings do not fit this version of hestctl: {error}", "train again", Exit.USAGE
+        ) from None
+    return Settings.model_construct(**rooms, db=Path(document["db"]))
+
+
+def of_run(resolved: Resolved, document: Mapping[str, Any]) -> Settings:
+    """The settings a run was made with, under whatever this call sets by flag or environment.
+
+    What is a matter of the call and not of the run (meter, profile sweep, search, store) is this
+    call's. Raises HestError (usage) where the run's settings no longer fit.
+    """
+    own = ("energy.", "profile.", "search.", "db")
+    recorded = from_document(document)
+    told = {key: value for key, value in _flatten(resolved.settings.model_dump())}
+    changes = {
+        key: told[key]
+        for key, origin in resolved.origins.items()
+        if origin in ("flag", "environment") or key.startswith(own)
+    }
+    return with_values(recorded, changes)
+
+
+def profile_dir() -> Path:
+    """The folder of the shipped profiles: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).with_name("profiles")
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "profiles"
+
+
+def profile_names() -> list[str]:
+    """The names that ``--profile`` accepts besides a path."""
+    return sorted(path.stem for path in profile_dir().glob("*.toml"))
+
+
+def keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
+    """Every dotted settings key, such as ``train.learning_rate``."""
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from keys(inner, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def load(profile: str = DEFAULT_PROFILE, flags: Mapping[str, Any] | None = None) -> Resolved:
+    """Resolve the settings from all four sources.
+
+    ``flags`` maps dotted keys to values; ``None`` values are flags that were not given.
+    Raises HestError (usage) for an unknown profile, key or variable, malformed TOML, or a value out
+    of range, naming the source, the key and the nearest match.
+    """
+    path = _profile_path(profile)
+    table = _read_toml(path)
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    _check_environment()
+    sources = {
+        "flag": (given, "a flag"),
+        "environment": (_environment(), "the environment"),
+        f"profile {profile}": (dict(_flatten(table)), str(path)),
+    }
+    for label, (values, where) in sources.items():
+        for key in values:
+            _check_key(key, where if label != "flag" else f"--{key}")
+
+    class FromProfile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    origins = {key: _origin(key, sources) for key in keys()}
+    try:
+        loaded = FromProfile(**_nest(given))
+        settings = Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+    except ValidationError as error:
+        raise _explain(error, origins, sources) from None
+    except SettingsError as error:
+        raise HestError(str(error), "check the HESTCTL_* variables", Exit.USAGE) from None
+    return Resolved(settings, origins, profile)
+
+
+def _profile_path(profile: str) -> Path:
+    path = Path(profile) if profile.endswith(".toml") else profile_dir() / f"{profile}.toml"
+    if path.is_file():
+        return path
+    if profile.endswith(".toml"):
+        raise HestError(f"no profile file at {path}", "give the path of a TOML file", Exit.USAGE)
+    raise HestError(
+        f"unknown profile '{profile}'{_nearest(profile, profile_names())}",
+        f"profiles: {', '.join(profile_names())}; or the path of a TOML file",
+        Exit.USAGE,
+    )
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise HestError(f"{path} is not valid TOML: {error}", "mend that line", Exit.USAGE) from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *parents, leaf = key.split(".")
+        room = nested
+        for parent in parents:
+            room = room.setdefault(parent, {})
+        room[leaf] = value
+    return nested
+
+
+def _environment() -> dict[str, str]:
+    return {
+        name[len(_PREFIX) :].lower().replace("__", "."): value
+        for name, value in os.environ.items()
+        if name.startswith(_PREFIX) and name not in RESERVED_VARIABLES
+    }
+
+
+RESERVED_VARIABLES = frozenset({"HESTCTL_CACHE", "HESTCTL_DEBUG"})
+"""Variables that are not settings: where downloads are kept, and tracebacks."""
+
+
+def _check_environment() -> None:
+    known = set(keys())
+    for key in _environment():
+        if key not in known:
+            variable = _PREFIX + key.upper().replace(".", "__")
+            names = [_PREFIX + name.upper().replace(".", "__") for name in known]
+            raise HestError(
+                f"unknown environment variable {variable}{_nearest(variable, names)}",
+                "unset it, or use a key that `hestctl env --settings` lists",
+                Exit.USAGE,
+            )
+
+
+def _check_key(key: str, where: str) -> None:
+    known = list(keys())
+    if key not in known:
+        raise HestError(
+            f"unknown key '{key}' in {where}{_nearest(key, known)}",
+            "`hestctl env --settings` lists every key",
+            Exit.USAGE,
+        )
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def _origin(key: str, sources: Mapping[str, tuple[Mapping[str, Any], str]]) -> str:
+    return next((label for label, (values, _) in sources.items() if key in values), "default")
+
+
+def _explain(
+    error: ValidationError,
+    origins: Mapping[str, str],
+    sources: Mapping[str, tuple[Mapping[str, Any], str]],
+) -> HestError:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+        origin = origins.get(key, "default")
+        where = f" (from {origin})" if origin != "default" else ""
+        given = f", not {problem['input']!r}" if origin != "default" else ""
+        text = problem["msg"].removeprefix("Value error, ")
+        lines.append(f"{key or 'settings'}: {text}{given}{where}")
+    return HestError("; ".join(lines), "`hestctl env --settings` shows every key and its origin", Exit.USAGE)

@@ -1,0 +1,180 @@
+"""Opens the DuckDB file: patiently, one schema version only, with errors that say what to do.
+
+Callers hold the store's lock. No handle outlives it: even a reader's shuts every writer out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from hestctl.errors import Exit, HestError
+from hestctl.store.files import NO_SPACE, free_name, sync_folder, write_error
+from hestctl.store.migrations import migrate, schema_version, version_of
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+_T = TypeVar("_T")
+
+# Two threads suffice for one run's rows, and sixteen processes may each open a store at once.
+# Extensions that are not built in would be fetched over the network.
+_CONFIG: dict[str, Any] = {
+    "threads": 2,
+    "autoinstall_known_extensions": "false",
+    "autoload_known_extensions": "false",
+}
+
+
+def in_memory() -> DuckDBPyConnection:
+    """A connection to nothing but memory."""
+    import duckdb
+
+    con = duckdb.connect(config=_CONFIG)
+    con.execute("SET enable_progress_bar = false")
+    return con
+
+
+@contextmanager
+def opened(db: Path, timeout_s: float, read_only: bool = False) -> Iterator[DuckDBPyConnection]:
+    """A connection to the file, or to a new one where there is none, closed at the end of the block.
+
+    Raises HestError (store) when another program holds it for ``timeout_s`` seconds, and when it is not
+    a database or damaged, which any error of DuckDB in the block counts as.
+    """
+    import duckdb
+
+    with _explained(db):
+        con = _patiently(lambda: duckdb.connect(str(db), read_only=read_only, config=_CONFIG), db, timeout_s)
+        with con:
+            yield con
+
+
+def create(db: Path, fill: Callable[[DuckDBPyConnection], _T]) -> _T:
+    """Make a new database, let ``fill`` fill it, and only then put it at ``db``.
+
+    A process killed half-way leaves no half-made file there.
+    """
+    aside = db.with_name(f".{db.name}.{os.getpid()}")
+    try:
+        remove(aside)
+        with opened(aside, 0.0) as con:
+            migrate(con, 0)
+            result = fill(con)
+        aside.replace(db)
+        sync_folder(db.parent)
+    except OSError as error:
+        raise write_error(db, 0, error) from error
+    finally:
+        remove(aside)
+    return result
+
+
+@contextmanager
+def current(db: Path, timeout_s: float) -> Iterator[DuckDBPyConnection]:
+    """As ``opened``, of this schema: an older file is kept as a backup beside it, then migrated."""
+    with ExitStack() as stack:
+        con = stack.enter_context(opened(db, timeout_s))
+        version = version_of(con, db)
+        if version < schema_version():
+            stack.close()
+            if version > 0:
+                keep_copy(db, f"schema-{version}")
+            con = stack.enter_context(opened(db, timeout_s))
+            migrate(con, version)
+        yield con
+
+
+def keep_copy(db: Path, why: str) -> Path:
+    """Copy the file, and its log if it has one, to ``<db>.<why>``; no connection may be open here.
+
+    Reading a file that this process has open would drop DuckDB's lock on it.
+    """
+    backup = free_name(db.with_name(f"{db.name}.{why}"))
+    try:
+        shutil.copy2(db, backup)
+        if log_of(db).exists():
+            shutil.copy2(log_of(db), log_of(backup))
+    except OSError as error:
+        remove(backup)
+        raise write_error(backup, db.stat().st_size, error) from error
+    return backup
+
+
+def load_copy(con: DuckDBPyConnection, db: Path, name: str, timeout_s: float) -> None:
+    """Copy the whole store into the attached in-memory database ``name``, brought to this schema.
+
+    The file itself is only read, so older stores and read-only folders serve as well.
+    """
+    con.execute(f"ATTACH ':memory:' AS {name}")
+    with _explained(db):
+        _patiently(lambda: con.execute("ATTACH ? AS source (READ_ONLY)", [str(db)]), db, timeout_s)
+        try:
+            con.execute("USE source")
+            version = version_of(con, db)
+            con.execute(f"USE {name}")
+            con.execute(f"COPY FROM DATABASE source TO {name}")
+        finally:
+            con.execute("USE memory")
+            con.execute("DETACH source")
+        con.execute(f"USE {name}")
+        migrate(con, version)
+        con.execute("USE memory")
+
+
+def remove(db: Path) -> None:
+    """Remove the file and its log."""
+    db.unlink(missing_ok=True)
+    log_of(db).unlink(missing_ok=True)
+
+
+def log_of(db: Path) -> Path:
+    """DuckDB's write-ahead log of ``db``."""
+    return db.with_name(f"{db.name}.wal")
+
+
+def rebuild_hint(db: Path) -> str:
+    return f"rebuild it from the runs' own folders: hestctl runs rebuild --db {db}"
+
+
+def _patiently(action: Callable[[], _T], db: Path, timeout_s: float) -> _T:
+    """Try again while a program that knows nothing of our lock, such as DuckDB's shell, has the file."""
+    import duckdb
+
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return action()
+        except duckdb.IOException as error:
+            if "Could not set lock" not in str(error):
+                raise
+            if time.monotonic() >= deadline:
+                pid = re.search(r"PID \d+", str(error))
+                raise HestError(
+                    f"the store {db} is open in {pid[0] if pid else 'a process'} (waited {timeout_s:g} s)",
+                    "close it there, or try again",
+                    Exit.STORE,
+                ) from error
+        time.sleep(0.1)
+
+
+@contextmanager
+def _explained(db: Path) -> Iterator[None]:
+    import duckdb
+
+    try:
+        yield
+    except duckdb.Error as error:
+        first_line = str(error).strip().split("\n")[0]
+        hint = rebuild_hint(db)
+        if any(os.strerror(number) in first_line for number in NO_SPACE):
+            hint = f"free some space, then {hint}"
+        elif "newer version of DuckDB" in str(error):
+            hint = f"pip install --upgrade duckdb, or {hint}"
+        raise HestError(f"the store {db} cannot be used: {first_line}", hint, Exit.STORE) from error

@@ -1,0 +1,170 @@
+"""Questions to one store, and a connection over several for comparisons."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hestctl.errors import Exit, HestError
+from hestctl.records import Run, RunStatus
+from hestctl.store.database import in_memory, load_copy
+from hestctl.store.index import TABLES, take_runs
+from hestctl.store.lock import StoreLock
+from hestctl.store.store import Store
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+
+def get_run(store: Store, run_id: str) -> Run:
+    """The run with this id. Raises HestError (usage) that names the nearest ids when there is none."""
+    with store.reading() as con:
+        runs = take_runs(con, "SELECT * FROM runs WHERE run_id = ?", [run_id])
+        if runs:
+            return runs[0]
+        newest_first = con.execute("SELECT run_id FROM runs ORDER BY created_at DESC").fetchall()
+    ids = [known for (known,) in newest_first]
+    near = difflib.get_close_matches(run_id, ids, n=3, cutoff=0.5) or ids[:3]
+    hint = f"the nearest are: {', '.join(near)}" if near else "the store has no runs"
+    raise HestError(f"there is no run {run_id!r} in {store.db}", hint, Exit.USAGE)
+
+
+def list_runs(
+    store: Store,
+    *,
+    command: str | None = None,
+    method: str | None = None,
+    status: RunStatus | None = None,
+    has_plan: bool | None = None,
+    limit: int | None = None,
+) -> list[Run]:
+    """The runs that match everything given, the newest first; none where there is no store."""
+    conditions = ["true"]
+    values: list[str | int | None] = []
+    for column, value in (("command", command), ("method", method), ("status", status)):
+        if value is not None:
+            conditions.append(f"{column} = ?")
+            values.append(value)
+    if has_plan is not None:
+        conditions.append(f"run_id {'IN' if has_plan else 'NOT IN'} (SELECT run_id FROM plans)")
+    query = f"SELECT * FROM runs WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, run_id DESC"
+    with store.reading() as con:
+        return take_runs(con, f"{query} LIMIT ?", [*values, limit])
+
+
+def latest_run(
+    store: Store,
+    *,
+    command: str | None = None,
+    method: str | None = None,
+    status: RunStatus | None = "finished",
+    has_plan: bool | None = None,
+) -> Run | None:
+    """The newest run that matches everything given, or None."""
+    runs = list_runs(store, command=command, method=method, status=status, has_plan=has_plan, limit=1)
+    return runs[0] if runs else None
+
+
+def latest_calibration(store: Store, key: str) -> dict[str, Any] | None:
+    """The newest calibration document recorded under ``key``, or None."""
+    query = "SELECT document FROM calibrations WHERE key = ? ORDER BY created_at DESC, run_id DESC LIMIT 1"
+    with store.reading() as con:
+        found = con.execute(query, [key]).fetchone()
+    return None if found is None else dict(json.loads(found[0]))
+
+
+def connect(paths_or_globs: Sequence[str], lock_timeout_s: float = 30.0) -> DuckDBPyConnection:
+    """An in-memory connection with a view of each table over all the stores named.
+
+    The views have one more column, ``store``: the file's name, with as much of its path as tells it
+    from the others. A run id that several stores have reads ``run_id@store``. Nothing of the files
+    stays open. Raises HestError: usage for a store that does not exist, store for one that is locked
+    for ``lock_timeout_s`` seconds, newer or damaged.
+    """
+    files = find_stores(paths_or_globs)
+    con = in_memory()
+    try:
+        con.execute("CREATE TABLE stores (number BIGINT, name VARCHAR, path VARCHAR)")
+        for number, (file, name) in enumerate(zip(files, _names(files), strict=True)):
+            with StoreLock(file, lock_timeout_s).held(read_only=True):
+                load_copy(con, file, f"store_{number}", lock_timeout_s)
+            con.execute("INSERT INTO stores VALUES (?, ?, ?)", [number, name, str(file)])
+        _create_views(con, len(files))
+    except BaseException:
+        con.close()
+        raise
+    return con
+
+
+def find_stores(paths_or_globs: Sequence[str]) -> list[Path]:
+    """The files named, in the order given, each once however often and by whatever path it is named.
+
+    A glob stands for the ``*.duckdb`` files among its matches. Raises HestError (usage) for a name
+    that no file has.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for text in paths_or_globs:
+        path = Path(text)
+        if path.is_file():
+            matches = [path]
+        else:
+            # Path.glob would refuse absolute patterns.
+            names = sorted(glob.glob(text, recursive=True))  # noqa: PTH207
+            matches = [Path(name) for name in names if name.endswith(".duckdb") and Path(name).is_file()]
+        if not matches:
+            raise _missing(path)
+        for match in matches:
+            status = match.stat()
+            found.setdefault((status.st_dev, status.st_ino), match.resolve())
+    return list(found.values())
+
+
+def _missing(path: Path) -> HestError:
+    folders = dict.fromkeys(folder.resolve() for folder in (path.parent, Path.cwd()) if folder.is_dir())
+    nearby = [str(file) for folder in folders for file in sorted(folder.glob("*.duckdb"))]
+    if not nearby:
+        return HestError(
+            f"there is no store {path}, and none nearby",
+            f"record a run first: hestctl train --db {path}",
+            Exit.USAGE,
+        )
+    best = difflib.get_close_matches(str(path.absolute()), nearby, n=1, cutoff=0.0)[0]
+    return HestError(
+        f"there is no store {path}; nearby: {', '.join(nearby[:5])}",
+        f"name it with: --db {best}",
+        Exit.USAGE,
+    )
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """The shortest ends of the paths, without suffix, that tell them apart."""
+    names = []
+    for file in files:
+        parts, length = file.with_suffix("").parts, 1
+        others = [other.with_suffix("").parts for other in files if other != file]
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names
+
+
+def _create_views(con: DuckDBPyConnection, stores: int) -> None:
+    runs = " UNION ALL ".join(f"SELECT run_id FROM store_{number}.runs" for number in range(stores))
+    con.execute(f"CREATE TABLE shared AS SELECT run_id FROM ({runs}) GROUP BY run_id HAVING count(*) > 1")
+    for table in TABLES:
+        columns = ("run_id", "parent_run_id") if table == "runs" else ("run_id",)
+        qualified = ", ".join(
+            f"CASE WHEN t.{column} IN (SELECT run_id FROM shared) THEN t.{column} || '@' || stores.name "
+            f"ELSE t.{column} END AS {column}"
+            for column in columns
+        )
+        parts = [
+            f"SELECT stores.name AS store, t.* REPLACE ({qualified}) "
+            f"FROM store_{number}.{table} AS t JOIN stores ON stores.number = {number}"
+            for number in range(stores)
+        ]
+        con.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(parts)}")

@@ -1,0 +1,313 @@
+"""The training loop: one optimiser step at a time, yielding what happened. Prints nothing, knows no SQL.
+
+Loss: mean negative log-likelihood of the answer tokens, plus ``lambda * (E / E_max - 1)`` where a
+budget binds the method.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hestctl.budget import Budget, Multiplier
+from hestctl.data.prompts import Encoded, TrainBatch, train_batch
+from hestctl.errors import HestError
+from hestctl.model.backbone import Backbone
+from hestctl.model.gates import GateNoise, OrdinalGate
+from hestctl.model.methods import Tuner
+from hestctl.model.spectral import applied, normalise
+from hestctl.records import StepMetric
+from hestctl.settings import TrainSettings
+from hestctl.training.gatepass import GatePass
+
+
+@dataclass(slots=True)
+class _Totals:
+    task: float = 0.0
+    expected_j: float = 0.0
+    decided_j: float = 0.0
+    shares: tuple[float, float, float] | None = None
+
+
+class Trainer:
+    """Trains one tuner on one backbone.
+
+    ``costs_j`` are joules per direction and token of (off, int8, full). ``budget`` is None for
+    methods that no budget binds; their energy is reported all the same.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tuner: Tuner,
+        rows: Sequence[Encoded],
+        settings: TrainSettings,
+        *,
+        costs_j: tuple[float, float, float],
+        budget: Budget | None,
+        multiplier: Multiplier | None,
+    ) -> None:
+        self.backbone = backbone
+        self.tuner = tuner
+        self.budget = budget
+        self.multiplier = multiplier
+        self.step = 0
+        self._rows = rows
+        self._settings = settings
+        self._costs_j = costs_j
+        self._effective = settings.batch_size * settings.accumulation
+        self._micro_size = settings.batch_size
+        self._per_epoch = math.ceil(len(rows) / self._effective)
+        whole = settings.epochs * self._per_epoch
+        self.total_steps = min(settings.max_steps or whole, whole)
+        self._optimizer = self._build_optimizer()
+        self._scaler = torch.amp.GradScaler(
+            backbone.device.type, enabled=backbone.dtype == torch.float16
+        )
+        if settings.gradient_checkpointing:
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def start(self) -> None:
+        """Before step 0: stagger the thresholds of an ordinal gate over the scores of one real batch."""
+        spectral = self.tuner.spectral
+        if spectral is None or not isinstance(spectral.gate, OrdinalGate):
+            return
+        gate = spectral.gate
+        batch = self._to_device(train_batch(self._rows[: self._effective], self.backbone.pad_id))
+        means: dict[int, Tensor] = {}
+        deviations: dict[int, Tensor] = {}
+
+        def look(layer: int, hidden: Tensor) -> Tensor:
+            scores = gate.controller(normalise(hidden), layer)[batch.attention_mask.bool()]
+            means[layer], deviations[layer] = scores.mean(), scores.std()
+            return hidden
+
+        with torch.no_grad(), applied(self.backbone.layers, look), self._precision():
+            self._hidden(batch)
+        order = sorted(means)
+        gate.spread_over(
+            torch.stack([means[layer] for layer in order]),
+            torch.stack([deviations[layer] for layer in order]),
+        )
+
+    def steps(self) -> Iterator[StepMetric]:
+        """Run the remaining optimiser steps, yielding each one's figures.
+
+        Raises HestError when the loss or a gradient is not finite, before anything is updated.
+        """
+        self.backbone.model.train(self._settings.gradient_checkpointing)
+        while self.step < self.total_steps:
+            rows = self._effective_batch(self.step)
+            started = time.perf_counter()
+            totals = self._accumulate(rows)
+            self._scaler.unscale_(self._optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(
+                list(self.tuner.named_parameters().values()), self._settings.clip_norm
+            )
+            if not math.isfinite(totals.task) or (
+                not torch.isfinite(norm) and not self._scaler.is_enabled()
+            ):
+                raise HestError(
+                    f"training diverged at step {self.step}: loss {totals.task}, gradient norm {float(norm)}",
+                    "lower --lr or --gate-lr; the last checkpoint holds the state before",
+                )
+            rate = self._set_rates()
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+            self._optimizer.zero_grad(set_to_none=True)
+            metric = self._metric(rows, totals, float(norm), rate, time.perf_counter() - started)
+            if self.multiplier is not None and self.step >= self._warmup:
+                self.multiplier.step(metric.energy_ratio or 0.0)
+            self.step += 1
+            yield metric
+        self.backbone.model.eval()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able state from which ``restore`` goes on as if nothing had happened."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.tuner.state().items()}
+        for name, parameter in self.tuner.named_parameters().items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"adam.{name}.{key}"] = value.detach().to("cpu", copy=True)
+        return tensors, {
+            "multiplier": self.multiplier.value if self.multiplier else None,
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def restore(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Continue from a checkpoint. Raises KeyError where a tensor is missing."""
+        self.step = step
+        parameters = self.tuner.named_parameters()
+        mine = {k.removeprefix("model."): tensor for k, tensor in tensors.items() if k.startswith("model.")}
+        self.tuner.load(mine)
+        for name, parameter in parameters.items():
+            prefix = f"adam.{name}."
+            for key, value in tensors.items():
+                if key.startswith(prefix):
+                    device = "cpu" if key.endswith(".step") else parameter.device
+                    self._optimizer.state[parameter][key.removeprefix(prefix)] = value.to(device)
+        if self.multiplier is not None:
+            self.multiplier.value = state["multiplier"]
+        self._scaler.load_state_dict(state["scaler"])
+
+    @property
+    def _warmup(self) -> int:
+        # A warm-up longer than a tenth of a short run would leave no steps at full rate.
+        return min(self._settings.warmup_steps, max(1, self.total_steps // 10))
+
+    def _build_optimizer(self) -> torch.optim.AdamW:
+        s = self._settings
+        groups: dict[str, dict[str, Any]] = {
+            "weights": {"lr": s.learning_rate, "weight_decay": s.weight_decay},
+            "scale": {"lr": s.scale_learning_rate or s.learning_rate, "weight_decay": 0.0},
+            "controller": {"lr": s.gate_learning_rate, "weight_decay": 0.0},
+            "thresholds": {"lr": s.threshold_learning_rate, "weight_decay": 0.0},
+        }
+        for name, parameter in self.tuner.named_parameters().items():
+            groups[_group(name)].setdefault("params", []).append(parameter)
+        used = [group for group in groups.values() if "params" in group]
+        for group in used:
+            group["peak"] = group["lr"]
+        return torch.optim.AdamW(used, betas=(s.beta1, s.beta2), eps=s.epsilon)
+
+    def _set_rates(self) -> float:
+        """Linear warm-up, then a cosine to zero; returns the rate of the first group."""
+        warmup = self._warmup
+        if self.step < warmup:
+            factor = (self.step + 1) / warmup
+        else:
+            done = (self.step - warmup) / max(1, self.total_steps - warmup)
+            factor = 0.5 * (1 + math.cos(math.pi * done))
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def _effective_batch(self, step: int) -> list[Encoded]:
+        epoch, index = divmod(step, self._per_epoch)
+        order = np.random.default_rng([self._settings.seed, epoch]).permutation(len(self._rows))
+        return [self._rows[i] for i in order[index * self._effective : (index + 1) * self._effective]]
+
+    def _accumulate(self, rows: list[Encoded]) -> _Totals:
+        """Forward and backward over the effective batch; halves the micro-batch when memory runs out."""
+        while True:
+            try:
+                return self._try_accumulate(rows)
+            except torch.OutOfMemoryError as error:
+                self._optimizer.zero_grad(set_to_none=True)
+                if self._micro_size == 1:
+                    raise HestError(
+                        f"out of memory with one sample at a time ({error})",
+                        "lower --max-tokens, or turn on --gradient-checkpointing",
+                    ) from error
+                self._micro_size = math.ceil(self._micro_size / 2)
+                torch.cuda.empty_cache()
+
+    def _try_accumulate(self, rows: list[Encoded]) -> _Totals:
+        totals = _Totals()
+        answer_tokens = sum(len(row.answer_ids) for row in rows)
+        shares: list[tuple[float, float, float]] = []
+        for micro, start in enumerate(range(0, len(rows), self._micro_size)):
+            part = rows[start : start + self._micro_size]
+            batch = self._to_device(train_batch(part, self.backbone.pad_id))
+            gates = self._gates(batch, micro)
+            change = applied(self.backbone.layers, gates) if gates else nullcontext()
+            with change, self._precision():
+                task = self._answer_loss(batch) / answer_tokens
+            loss = task
+            totals.task += float(task.detach())
+            if gates is not None:
+                to_generation_B = self._to_generation(batch)
+                expected = (gates.expected_j() * to_generation_B).sum() / len(rows)
+                totals.expected_j += float(expected.detach())
+                totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / len(rows)
+                shares.append(gates.shares())
+                if self.budget is not None and self.multiplier is not None:
+                    loss = task + self.multiplier.value * expected / self.budget.emax_j
+            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if shares:
+            off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+            totals.shares = (off, int8, full)
+        return totals
+
+    def _gates(self, batch: TrainBatch, micro: int) -> GatePass | None:
+        if self.tuner.spectral is None:
+            return None
+        noise = GateNoise(self._settings.seed, self.step, micro)
+        return GatePass(self.tuner.spectral, batch.attention_mask, self._costs_j, noise)
+
+    def _to_generation(self, batch: TrainBatch) -> Tensor:
+        """Per sequence: token positions of its generation over those of its training, (B,)."""
+        tokens_B = (batch.prompt_tokens + batch.answer_tokens).float()
+        if self.budget is None:
+            return torch.ones_like(tokens_B)
+        return self.budget.num_beams * (batch.prompt_tokens + self.budget.new_tokens) / tokens_B
+
+    def _answer_loss(self, batch: TrainBatch) -> Tensor:
+        """Summed negative log-likelihood of the answer tokens (nats); logits only where they count."""
+        hidden_BTD = self._hidden(batch)[:, :-1]
+        target_BT = batch.labels[:, 1:]
+        wanted_BT = target_BT != -100
+        logits_NV = self.backbone.model.lm_head(hidden_BTD[wanted_BT])
+        return F.cross_entropy(logits_NV.float(), target_BT[wanted_BT], reduction="sum")
+
+    def _hidden(self, batch: TrainBatch) -> Tensor:
+        out = self.backbone.model.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+    def _precision(self) -> Any:
+        device = self.backbone.device
+        if device.type != "cuda" or self.backbone.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cuda", self.backbone.dtype)
+
+    def _to_device(self, batch: TrainBatch) -> TrainBatch:
+        fields = {name: getattr(batch, name).to(self.backbone.device) for name in TrainBatch.__slots__}
+        return replace(batch, **fields)
+
+    def _metric(
+        self, rows: list[Encoded], totals: _Totals, norm: float, rate: float, seconds: float
+    ) -> StepMetric:
+        ratio = None if self.budget is None else totals.decided_j / self.budget.emax_j
+        penalty = 0.0
+        if self.budget is not None and self.multiplier is not None:
+            penalty = self.multiplier.value * (totals.expected_j / self.budget.emax_j - 1)
+        off, int8, full = totals.shares or (None, None, None)
+        tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
+        return StepMetric(
+            step=self.step,
+            split="train",
+            epoch=(self.step + 1) / self._per_epoch,
+            loss=totals.task + penalty,
+            task_loss=totals.task,
+            learning_rate=rate,
+            grad_norm=norm,
+            energy_j=totals.decided_j if totals.shares else None,
+            energy_ratio=ratio,
+            multiplier=self.multiplier.value if self.multiplier else None,
+            share_off=off,
+            share_int8=int8,
+            share_full=full,
+            tokens_per_s=tokens / seconds,
+        )
+
+
+
+
+def _group(name: str) -> str:
+    """The parameter group of a tensor: each has its own learning rate."""
+    if name in ("gate.threshold", "gate.gap", "gate.log_beta"):
+        return "thresholds"
+    if name.startswith("gate."):
+        return "controller"
+    return "scale" if name == "scale" else "weights"

@@ -1,0 +1,87 @@
+"""``env``: versions, device, meter, paths and schema, each looked at and not assumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hestctl.energy.counter import open_counter
+from hestctl.energy.protocol import CounterError, Unavailable
+from hestctl.errors import HestError
+from hestctl.model.smollm2 import cache_root
+from hestctl.runs import versions
+from hestctl.settings import Settings, profile_dir, profile_names
+from hestctl.store.migrations import MIGRATIONS
+from hestctl.store.queries import list_runs
+from hestctl.store.store import Store
+
+
+def examine(settings: Settings, environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Facts by section. What cannot be had is said in place of the value; nothing is raised."""
+    store = Store(settings.db)
+    return {
+        "versions": versions(),
+        "device": _device(),
+        "meter": _meter(settings),
+        "paths": {
+            "store": str(settings.db.absolute()),
+            "store_writable": os.access(settings.db.absolute().parent, os.W_OK),
+            "run_folders": str(store.root.absolute()),
+            "cache": str(cache_root()),
+            "profiles": f"{profile_dir()}: {', '.join(profile_names())}",
+        },
+        "store": {"schema": len(MIGRATIONS), "runs": _runs(store)},
+        "environment": {k: v for k, v in environment.items() if k.startswith("HESTCTL_")},
+    }
+
+
+def _device() -> dict[str, Any]:
+    import torch
+
+    facts: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_uuid": str(properties.uuid),
+            "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+            "cuda_runtime": torch.version.cuda,
+        }
+    return facts
+
+
+def _meter(settings: Settings) -> dict[str, Any]:
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+    facts: dict[str, Any] = {}
+    for meter in ("nvml", "rapl", "estimate"):
+        try:
+            counter = open_counter(meter, cuda_uuid=uuid, nominal_watts=settings.energy.nominal_watts)
+        except HestError as error:
+            facts[meter] = f"not usable: {error.message}"
+            continue
+        if isinstance(counter, Unavailable):
+            facts[meter] = f"not usable: {counter.reason}"
+            continue
+        try:
+            counter.read_j()
+            facts[meter] = f"{counter.kind}: {counter.name} on {counter.device_name}"
+        except CounterError as error:
+            facts[meter] = f"not usable: {error}"
+    powercap = Path("/sys/class/powercap")
+    facts["rapl_files"] = (
+        "readable" if any(os.access(p, os.R_OK) for p in powercap.glob("*/energy_uj")) else "none readable"
+    )
+    return facts
+
+
+def _runs(store: Store) -> str:
+    if not store.db.exists():
+        return "no store yet"
+    try:
+        return str(len(list_runs(store)))
+    except HestError as error:
+        return error.message

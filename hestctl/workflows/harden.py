@@ -1,0 +1,109 @@
+"""``harden``: a trained run's gates to a new plan, with its bound and certificate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from hestctl.budget import Budget
+from hestctl.errors import Exit, HestError
+from hestctl.hardening.harden import harden
+from hestctl.hardening.plan import Plan
+from hestctl.model.backbone import load_backbone
+from hestctl.model.methods import METHODS
+from hestctl.progress import Progress
+from hestctl.records import Run
+from hestctl.runs import new_run_id, recording
+from hestctl.settings import Settings
+from hestctl.store import queries
+from hestctl.store.folder import RunFolder
+from hestctl.store.store import Store
+from hestctl.training.checkpoint import load_tensors
+from hestctl.workflows.setup import (
+    ADAPTER_FILE,
+    budget_of,
+    describe,
+    energy_table,
+    load_data,
+    new_tuner,
+    open_meter,
+    record_plan,
+    save_hardened,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Hardened:
+    """The new run and its plan."""
+
+    run: Run
+    plan: Plan
+
+
+def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: str | None) -> Hardened:
+    """Harden the named trained run, or the latest one, under the budget of ``settings``.
+
+    ``settings`` are those of the trained run with the flags of this call on top. Raises HestError
+    (usage) for a run that has nothing to harden.
+    """
+    trained = trained_run(store, run_id)
+    method = METHODS[settings.method.name]
+    backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
+    data = load_data(settings, backbone, progress)
+    with open_meter(settings.energy, backbone.device, progress) as meter:
+        row = replace(
+            describe(settings, backbone, meter, data),
+            run_id=new_run_id("harden", trained.method),
+            command="harden",
+            parent_run_id=trained.run_id,
+            controller_parameters=trained.controller_parameters,
+            adapter_parameters=trained.adapter_parameters,
+        )
+        with recording(store, row) as recorder:
+            table = energy_table(settings, backbone, meter, store, recorder, progress)
+            tuner = new_tuner(settings.method, backbone, table.states, settings.train.seed)
+            tuner.load(load_tensors(RunFolder(store.root, trained.run_id).path / ADAPTER_FILE))
+            assert tuner.spectral is not None
+            budget: Budget | None = None
+            if method.budgeted:
+                budget = budget_of(settings, store, recorder, backbone, data, table, progress)
+            plan = harden(
+                backbone,
+                tuner.spectral,
+                data.validation,
+                run_id=row.run_id,
+                method=settings.method.name,
+                table=table,
+                budget=budget,
+                margin=settings.budget.margin,
+            )
+            record_plan(plan, recorder, progress)
+            save_hardened(recorder.folder.path, tuner, plan)
+    return Hardened(recorder.run, plan)
+
+
+def trained_run(store: Store, run_id: str | None) -> Run:
+    """The finished spectral run to harden. Raises HestError (usage) where there is none."""
+    if run_id is not None:
+        run = queries.get_run(store, run_id)
+        if run.command == "harden" and run.parent_run_id is not None:
+            run = queries.get_run(store, run.parent_run_id)
+        if run.command != "train" or run.status != "finished" or METHODS[run.method or "base"].gate is None:
+            raise HestError(
+                f"run {run_id} has nothing to harden: a {run.status} {run.command} run of {run.method}",
+                "name a finished train run of hest, tabs or bhsp",
+                Exit.USAGE,
+            )
+        return run
+    runs = [
+        run
+        for run in queries.list_runs(store, command="train", status="finished")
+        if METHODS[run.method or "base"].gate is not None
+    ]
+    if not runs:
+        raise HestError(
+            f"nothing to harden in {store.db}: no finished run of hest, tabs or bhsp",
+            "hestctl train --method hest --emax-ratio 0.6",
+            Exit.USAGE,
+        )
+    budgeted = [run for run in runs if METHODS[run.method or "base"].budgeted]
+    return max(budgeted or runs, key=lambda run: run.created_at)

@@ -1,0 +1,170 @@
+"""``train --trials N``: an Optuna search, then the best settings trained once more and recorded.
+
+Budgeted methods minimise joules per sample subject to ROUGE-Lsum of at least the baseline's, a
+constraint and not a penalty; the others maximise ROUGE-Lsum. Trials generate the validation split:
+the test split is seen once, by the final run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hestctl.errors import Exit, HestError
+from hestctl.generation.evaluate import evaluate
+from hestctl.model.backbone import load_backbone
+from hestctl.model.methods import METHODS
+from hestctl.progress import Progress
+from hestctl.records import Run
+from hestctl.runs import Recorder, new_run_id, recording
+from hestctl.settings import Settings, with_values
+from hestctl.store import queries
+from hestctl.store.store import Store
+from hestctl.workflows.setup import describe, find_reference, load_data, load_hardened, open_meter
+from hestctl.workflows.train import train
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial, Trial
+
+
+def search(settings: Settings, store: Store, progress: Progress) -> Run:
+    """Run ``search.trials`` trials (or ``search.timeout_min`` minutes), then train the best.
+
+    Returns the final training run; the search itself is a run of command ``search`` whose trials are
+    stored. Raises HestError when no trial was feasible.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    s = settings
+    budgeted = METHODS[s.method.name].budgeted
+    row, floor = _start(s, store, progress, budgeted)
+    with recording(store, row) as recorder:
+        study = optuna.create_study(
+            direction="minimize" if budgeted else "maximize",
+            sampler=optuna.samplers.TPESampler(
+                seed=s.train.seed, constraints_func=_constraint if budgeted else None
+            ),
+        )
+
+        def objective(trial: Trial) -> float:
+            recorder.check()
+            tried = _suggest(trial, s, budgeted)
+            progress.note(f"trial {trial.number + 1} of {s.search.trials}: {trial.params}")
+            run = train(tried, store, progress, trial_of=recorder.run.run_id)
+            figures = {**run.summary, "energy_kind": run.energy_kind}
+            rouge = figures["rouge_lsum"]
+            trial.set_user_attr("rouge_lsum", rouge)
+            trial.set_user_attr("shortfall", 0.0 if floor is None else floor - rouge)
+            return float(_objective_j(figures) if budgeted else rouge)
+
+        study.optimize(
+            objective,
+            n_trials=s.search.trials,
+            timeout=60 * s.search.timeout_min,
+            callbacks=[_record(recorder)],
+        )
+        feasible = [t for t in study.trials if t.value is not None and max(_constraint(t)) <= 0]
+        if not feasible:
+            raise HestError(
+                f"none of {len(study.trials)} trials reached the baseline's ROUGE-Lsum of {floor:.2f}",
+                "more --trials, or a larger --emax-ratio",
+                Exit.OVER_BUDGET,
+            )
+        pick: Callable[..., FrozenTrial] = min if budgeted else max
+        best = pick(feasible, key=lambda t: t.value or 0.0)
+        recorder.run.summary = {**recorder.run.summary, "best_trial": best.number, **best.params}
+    progress.note(f"best trial {best.number + 1}: {best.params}; training it once more")
+    return train(with_values(s, best.params), store, progress)
+
+
+def _suggest(trial: Trial, s: Settings, budgeted: bool) -> Settings:
+    space = s.search
+    values: dict[str, Any] = {
+        "train.learning_rate": trial.suggest_float("train.learning_rate", *space.learning_rate, log=True),
+        "train.batch_size": trial.suggest_categorical("train.batch_size", space.batch_size),
+        "train.accumulation": trial.suggest_categorical("train.accumulation", space.accumulation),
+    }
+    if budgeted:
+        values |= {
+            "method.controller_width": trial.suggest_categorical(
+                "method.controller_width", space.controller_width
+            ),
+            "method.tau": trial.suggest_float("method.tau", *space.tau),
+            "budget.emax_ratio": trial.suggest_float("budget.emax_ratio", *space.emax_ratio),
+            "budget.alpha": trial.suggest_float("budget.alpha", *space.alpha, log=True),
+        }
+    return with_values(s, values)
+
+
+def _constraint(trial: FrozenTrial) -> tuple[float]:
+    """At most zero where the trial reached the baseline's ROUGE."""
+    return (float(trial.user_attrs.get("shortfall", 1.0)),)
+
+
+def _objective_j(figures: dict[str, Any]) -> float:
+    """Joules per sample: the meter's where it measures, else those of the budget's scope."""
+    if figures["energy_kind"] == "measured" and figures["energy_j_per_sample"] is not None:
+        return float(figures["energy_j_per_sample"])
+    return float(figures["scope_energy_j_per_sample"])
+
+
+def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tuple[Run, float | None]:
+    """The row of the search, and the ROUGE-Lsum of the TABS reference on the validation split.
+
+    Raises HestError (usage) where there is no reference run: a constraint needs a number.
+    """
+    backbone = load_backbone(s.backbone, seed=s.train.seed, progress=progress.note)
+    data = load_data(s, backbone, progress)
+    with open_meter(s.energy, backbone.device, progress) as meter:
+        row = replace(
+            describe(s, backbone, meter, data),
+            run_id=new_run_id("search", s.method.name),
+            command="search",
+        )
+        if not budgeted:
+            return row, None
+        reference = find_reference(store, row, s.budget.reference)
+        if reference is None:
+            raise HestError(
+                "the search holds ROUGE at the baseline's, and the store has no comparable tabs run",
+                "hestctl train --method tabs first, or name one with --reference",
+                Exit.USAGE,
+            )
+        run = queries.get_run(store, reference.run_id)
+        generator = load_hardened(store, run, backbone, meter.device_name)
+        result = evaluate(
+            generator,
+            data.validation,
+            s.generation,
+            meter,
+            split="validation",
+            labels=data.labels,
+            progress=progress,
+            check=_no_stop,
+        )
+    scores = [sample.rouge_lsum or 0.0 for sample in result.samples]
+    floor = sum(scores) / len(scores)
+    progress.note(f"baseline: ROUGE-Lsum {floor:.2f} of {reference.run_id} on the validation split")
+    return row, floor
+
+
+def _no_stop() -> None:
+    """Before the search is recorded, a signal ends the process as usual."""
+
+
+def _record(recorder: Recorder) -> Callable[[Any, FrozenTrial], None]:
+    def write(_study: Any, trial: FrozenTrial) -> None:
+        recorder.trial(
+            {
+                "number": trial.number,
+                "state": trial.state.name.lower(),
+                "value": trial.value,
+                "feasible": max(_constraint(trial)) <= 0,
+                "params": trial.params,
+            }
+        )
+        recorder.commit()
+
+    return write

@@ -1,0 +1,284 @@
+"""What every command needs before it works: data, backbone, meter, energy table, and an honest run row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
+from hestctl.calibration import measure_table, table_key
+from hestctl.data.articles import Splits, load_splits
+from hestctl.data.prompts import Encoded, encode
+from hestctl.energy.counter import open_counter
+from hestctl.energy.meter import Meter
+from hestctl.energy.table import EnergyTable
+from hestctl.errors import Exit, HestError
+from hestctl.generation.engine import ENGINE, Generator
+from hestctl.hardening.plan import Plan, read_plan
+from hestctl.model.backbone import Backbone, load_backbone
+from hestctl.model.methods import METHODS, Tuner, build_tuner
+from hestctl.progress import Progress
+from hestctl.records import Run
+from hestctl.runs import Recorder, new_run_id, versions
+from hestctl.settings import EnergySettings, MethodSettings, Settings
+from hestctl.store import queries
+from hestctl.store.folder import RunFolder, now
+from hestctl.store.store import Store
+from hestctl.training.checkpoint import load_tensors, save_tensors
+
+ADAPTER_FILE = "adapter.safetensors"
+HARDENED_FILE = "hardened.safetensors"
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """The encoded splits, and what they are."""
+
+    splits: Splits
+    train: list[Encoded]
+    validation: list[Encoded]
+    test: list[Encoded]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.splits.labels
+
+
+def load_data(settings: Settings, backbone: Backbone, progress: Progress) -> Data:
+    """Load and encode the splits; truncation is reported, not hidden."""
+    splits = load_splits(settings.data, seed=settings.train.seed)
+    encoded = {
+        name: encode(
+            getattr(splits, name),
+            backbone.tokenizer,
+            settings.data,
+            task=splits.task,
+            labels=splits.labels,
+        )
+        for name in ("train", "validation", "test")
+    }
+    for name, rows in encoded.items():
+        cut = [row.truncated_tokens for row in rows if row.truncated_tokens]
+        if cut:
+            progress.note(f"{name}: {len(cut)} of {len(rows)} samples truncated, {sum(cut)} tokens left out")
+    progress.note(
+        f"data: {splits.name}, {len(encoded['train'])} train, "
+        f"{len(encoded['validation'])} validation, {len(encoded['test'])} test"
+    )
+    return Data(splits, encoded["train"], encoded["validation"], encoded["test"])
+
+
+@contextmanager
+def open_meter(settings: EnergySettings, device: torch.device, progress: Progress) -> Iterator[Meter]:
+    """The meter of the device that generates, started and stopped around the work."""
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    counter = open_counter(settings.meter, cuda_uuid=uuid, nominal_watts=settings.nominal_watts)
+    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
+    with Meter(counter, synchronise=synchronise, poll_s=settings.poll_s) as meter:
+        if meter.kind == "measured":
+            progress.note(f"meter: {meter.counter_name} on {meter.device_name}")
+        else:
+            progress.note(f"meter: {meter.counter_name or meter.reason}; joules are {meter.kind}")
+        yield meter
+
+
+def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | None) -> Run:
+    """The row of a new run, filled with all that is known before the work starts."""
+    method = settings.method
+    spec = METHODS[method.name]
+    ordinal = spec.gate == "ordinal"
+    return Run(
+        run_id=new_run_id("train", method.name),
+        command="train",
+        status="started",
+        created_at=now(),
+        method=method.name,
+        scope=method.scope,
+        precision=method.precision if ordinal else None,
+        dual=settings.budget.dual if spec.budgeted else None,
+        controller=method.controller if ordinal else None,
+        backbone=backbone.name,
+        weights=backbone.weights,
+        dataset=None if data is None else data.splits.name,
+        data_hash=None if data is None else data.splits.data_hash,
+        dtype=str(backbone.dtype).removeprefix("torch."),
+        engine=ENGINE,
+        num_beams=settings.generation.num_beams,
+        batch_size=settings.generation.batch_size,
+        max_new_tokens=settings.generation.new_tokens,
+        seed=settings.train.seed,
+        device_name=meter.device_name,
+        device_uuid=meter.device_uuid,
+        meter=meter.counter_name,
+        energy_kind=meter.kind,
+        settings=settings.model_dump(mode="json"),
+        versions=versions(),
+        summary={"fingerprint": backbone.fingerprint},
+    )
+
+
+def energy_table(
+    settings: Settings,
+    backbone: Backbone,
+    meter: Meter,
+    store: Store,
+    recorder: Recorder,
+    progress: Progress,
+    *,
+    renew: bool = False,
+) -> EnergyTable:
+    """The stored table that fits this device, shape and software, or one measured on the way."""
+    key = table_key(backbone, settings.method, meter)
+    stored = None if renew else queries.latest_calibration(store, key)
+    if stored is not None:
+        table = EnergyTable.from_dict(stored["table"])
+        progress.note(f"energy table {table.calibration_id} ({table.kind}): {table.verdict()}")
+    else:
+        table = measure_table(backbone, settings.method, settings.energy, meter, progress)
+        recorder.calibration(
+            {
+                "calibration_id": table.calibration_id,
+                "created_at": table.created_at,
+                "device_uuid": table.device_uuid,
+                "device_name": table.device_name,
+                "kind": table.kind,
+                "key": key,
+                "table": table.as_dict(),
+            }
+        )
+        progress.note(f"energy table {table.calibration_id}, {table.kind} now: {table.verdict()}")
+    recorder.run.calibration_id = table.calibration_id
+    return table
+
+
+def find_reference(store: Store, run: Run, wanted: str | None) -> Reference | None:
+    """The TABS run that E_max refers to: the one named, or the latest that may be compared.
+
+    Raises HestError (usage) when the named run is unknown or may not be compared with this one.
+    """
+    if wanted is not None:
+        named = queries.get_run(store, wanted)
+        different = _differences(named, run)
+        if named.status != "finished" or "directions_full_per_sample" not in named.summary or different:
+            why = ", ".join(different) or f"status {named.status}, method {named.method}"
+            raise HestError(
+                f"run {wanted} cannot be the reference: {why}",
+                "give a finished tabs run on the same data, backbone, device and generation settings",
+                Exit.USAGE,
+            )
+        return _reference(named)
+    runs = queries.list_runs(store, command="train", method="tabs", status="finished")
+    fit = [old for old in runs if not _differences(old, run)]
+    return _reference(max(fit, key=lambda old: old.created_at)) if fit else None
+
+
+_SAME = ("backbone", "weights", "dtype", "data_hash", "num_beams", "batch_size", "max_new_tokens", "scope")
+
+
+def _differences(old: Run, new: Run) -> list[str]:
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in (*_SAME, "device_uuid")]
+    pairs.append(("fingerprint", old.summary.get("fingerprint"), new.summary.get("fingerprint")))
+    return [f"{name} {mine} is not {theirs}" for name, mine, theirs in pairs if mine != theirs]
+
+
+def _reference(run: Run) -> Reference:
+    return Reference(
+        run_id=run.run_id,
+        int8_per_sample=run.summary["directions_int8_per_sample"],
+        full_per_sample=run.summary["directions_full_per_sample"],
+        new_tokens=run.summary["new_tokens_per_sample"],
+    )
+
+
+def new_tuner(settings: MethodSettings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
+    """An untrained tuner for this backbone, on its device."""
+    tuner = build_tuner(
+        settings,
+        backbone.model,
+        layers=backbone.num_layers,
+        hidden=backbone.hidden_size,
+        states=states,
+        seed=seed,
+    )
+    if tuner.spectral is not None:
+        tuner.spectral.to(backbone.device)
+    return tuner
+
+
+def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
+    """Store the plan with its certificate, and tell what repair did."""
+    energies = plan.energies
+    recorder.plan({**plan.as_dict(), "certificate": plan.certificate()})
+    if plan.emax_j is None or energies is None:
+        return
+    recorder.run.hardened_ratio = energies.hardened_j / plan.emax_j
+    told = (
+        f"hardened: {energies.hardened_j / plan.emax_j:.3f} of E_max on {energies.samples} validation samples "
+        f"(worst {energies.worst_j / plan.emax_j:.3f}); expected {energies.expected_j / plan.emax_j:.3f}, "
+        f"hard gates before repair {energies.decided_j / plan.emax_j:.3f}"
+    )
+    progress.note(told)
+    if plan.moved is not None and abs(plan.moved) > 0.1:
+        progress.note(f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less")
+
+
+def budget_of(
+    settings: Settings,
+    store: Store,
+    recorder: Recorder,
+    backbone: Backbone,
+    data: Data,
+    table: EnergyTable,
+    progress: Progress,
+) -> Budget:
+    """E_max with its origin, written into the run and told. Raises HestError (usage) without a budget."""
+    s, run = settings, recorder.run
+    reference = find_reference(store, run, s.budget.reference) if s.budget.emax_j is None else None
+    prompts = [len(row.prompt_ids) for row in data.test]
+    mean_work = s.generation.num_beams * (sum(prompts) / len(prompts) + s.generation.new_tokens)
+    budget = resolve_budget(
+        emax_j=s.budget.emax_j,
+        emax_ratio=s.budget.emax_ratio,
+        reference=reference,
+        costs_j=table.costs_j,
+        predicted_j=predicted_tabs_j(mean_work, backbone.num_layers, s.method.rank, table.full.joules),
+        max_new_tokens=s.generation.new_tokens,
+        num_beams=s.generation.num_beams,
+    )
+    run.emax_j, run.emax_ratio, run.emax_origin = budget.emax_j, budget.ratio, budget.origin
+    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter ({table.kind}; {budget.origin})")
+    return budget
+
+
+def save_hardened(folder: Path, tuner: Tuner, plan: Plan | None) -> None:
+    """Write the hardened tensors beside the plan."""
+    save_tensors(folder / HARDENED_FILE, tuner.state(), {"plan": "" if plan is None else plan.run_id})
+
+
+def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str) -> Generator:
+    """The generator of a finished run, exactly as it was hardened.
+
+    Raises HestError when the files are missing or damaged, or were made for another backbone.
+    """
+    folder = RunFolder(store.root, run.run_id).path
+    settings = MethodSettings.model_validate(run.settings["method"])
+    if run.summary.get("fingerprint") != backbone.fingerprint:
+        raise HestError(
+            f"run {run.run_id} was trained on another backbone ({run.backbone}, not {backbone.name})",
+            "name the backbone it was trained on with --backbone",
+            Exit.USAGE,
+        )
+    plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    if plan is not None:
+        plan.check(backbone.fingerprint, device_name)
+    states = (0, 1, 2) if plan is not None and plan.uses_int8 else (0, 2)
+    tuner = new_tuner(settings, backbone, states, 0)
+    if METHODS[settings.name].trained:
+        tuner.load(load_tensors(folder / HARDENED_FILE))
+    tuner.finish()
+    return Generator(backbone, tuner.spectral, plan)

@@ -1,0 +1,263 @@
+"""A store in memory, built from the dataclasses of records.py, and runs that could have happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from typing import Any, Literal, Union
+
+import duckdb
+import numpy as np
+
+from hestctl.records import STATES, LayerUse, Run, Sample, StepMetric, Window
+
+LAYERS = 30
+_CHILDREN = {"steps": StepMetric, "samples": Sample, "windows": Window, "utilisation": LayerUse}
+
+
+def _sql_type(hint: Any) -> str:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+    if typing.get_origin(hint) is Literal:
+        return "VARCHAR"
+    return {float: "DOUBLE", int: "BIGINT", bool: "BOOLEAN"}.get(hint, "VARCHAR")
+
+
+def empty_store() -> duckdb.DuckDBPyConnection:
+    """A connection with the views' columns and no rows."""
+    connection = duckdb.connect()
+    for table, record in {"runs": Run, **_CHILDREN}.items():
+        hints = typing.get_type_hints(record)
+        columns = [f'"{field.name}" {_sql_type(hints[field.name])}' for field in fields(record)]
+        extra = ["store VARCHAR"] if table == "runs" else ["run_id VARCHAR", "store VARCHAR"]
+        connection.execute(f"CREATE TABLE {table} ({', '.join(columns + extra)})")
+    return connection
+
+
+def add(connection: duckdb.DuckDBPyConnection, run: Run, store: str = "runs.duckdb", **children: Sequence[Any]) -> None:
+    """Insert a run and its steps, samples, windows and utilisation."""
+    values = {
+        name: json.dumps(value) if isinstance(value, Mapping) else value for name, value in asdict(run).items()
+    }
+    _insert(connection, "runs", [{**values, "store": store}])
+    for table, records in children.items():
+        _insert(connection, table, [{**asdict(one), "run_id": run.run_id, "store": store} for one in records])
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: list[dict[str, Any]]) -> None:
+    if rows:
+        import pandas
+
+        frame = pandas.DataFrame(rows, dtype=object)
+        names = ", ".join(f'"{name}"' for name in rows[0])
+        connection.register("incoming", frame)
+        connection.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming")
+        connection.unregister("incoming")
+
+
+def a_run(method: str = "hest", number: int = 1, **changes: Any) -> Run:
+    """A finished train run on one H100 under the counter."""
+    budgeted = method == "hest"
+    run = Run(
+        run_id=f"{method}-{number:04d}",
+        command="train",
+        status="finished",
+        created_at=f"2025-11-20T10:{number % 60:02d}:00+00:00",
+        finished_at=f"2025-11-20T11:{number % 60:02d}:00+00:00",
+        method=method,
+        scope="adapter",
+        precision="mixed",
+        dual="clamp",
+        controller="factorised",
+        backbone="HuggingFaceTB/SmolLM2-135M-Instruct",
+        weights="pretrained",
+        dataset="cnn_dailymail",
+        data_hash="9f3c",
+        dtype="bfloat16",
+        engine="graph",
+        num_beams=1,
+        batch_size=4,
+        max_new_tokens=128,
+        seed=42,
+        device_name="NVIDIA H100 80GB HBM3",
+        device_uuid="GPU-1",
+        meter="nvml",
+        energy_kind="measured",
+        emax_ratio=0.6 if budgeted else None,
+        steps=300 if method != "base" else 0,
+        controller_parameters={"hest": 21_000, "tabs": 276_480, "bhsp": 480}.get(method),
+        adapter_parameters=None if method == "base" else 553_440,
+        train_energy_j=None if method == "base" else {"hest": 61_000.0, "tabs": 52_000.0}.get(method, 40_000.0),
+        train_time_s=None if method == "base" else 180.0,
+        settings={"backbone": {"name": "smollm2-135m"}},
+    )
+    return replace(run, **changes)
+
+
+def generated(
+    run: Run,
+    count: int = 500,
+    *,
+    joules: float = 60.0,
+    score: float = 30.0,
+    spread: float = 3.0,
+    tokens: float = 90.0,
+    noise: int | None = None,
+    scope_j: float | None = None,
+    emax_j: float | None = None,
+    reason: str | None = None,
+    random: bool = True,
+) -> list[Sample]:
+    """Samples of ``run``: articles are shared by all runs, noise is the run's own.
+
+    ``joules`` a sample, ``score`` ROUGE-Lsum in points, ``scope_j`` and ``emax_j`` per 1,000 tokens.
+    """
+    articles = np.random.default_rng(7)
+    prompts = np.clip(articles.lognormal(6.4, 0.5, count), 90, 3_900).astype(int)
+    difficulty = articles.normal(0, 8, count)
+    wish = articles.normal(0, 12, count)
+    own = np.random.default_rng(sum(map(ord, run.run_id)) if noise is None else noise)
+    size = run.batch_size or 1
+    batch_noise = own.normal(1, 0.02, count // size + 1)
+    limit = run.max_new_tokens or 128
+    samples = []
+    written = np.clip(tokens + wish + own.normal(0, 4, count), 8, limit).astype(int)
+    for place in range(count):
+        batch = place // size
+        same = slice(batch * size, batch * size + size)
+        power = joules / tokens
+        spent = float((written[place] * power * 0.9 + prompts[place] * power * 0.02) * batch_noise[batch])
+        total = int(prompts[place] + written[place])
+        lsum = float(np.clip(score + difficulty[place] + own.normal(0, spread), 0, 100)) if random else score
+        held = run.energy_kind != "none" and reason is None
+        samples.append(
+            Sample(
+                sample_id=f"article-{place:05d}",
+                position=place,
+                split="test",
+                prompt_tokens=int(prompts[place]),
+                new_tokens=int(written[place]),
+                truncated_tokens=0,
+                batch_index=batch,
+                batch_size=size,
+                num_beams=run.num_beams or 1,
+                engine=run.engine or "eager",
+                latency_s=float(written[same].max() * 0.006 * (power / 0.66) * batch_noise[batch] + 0.03),
+                energy_kind=run.energy_kind or "none",
+                energy_method="apportioned",
+                energy_j=spent if held else None,
+                energy_net_j=spent * 0.7 if held else None,
+                energy_error_j=0.5 if held else None,
+                energy_valid=reason is None,
+                energy_reason=reason if run.energy_kind != "none" else "no device",
+                prefill_j=spent * 0.1 if held else None,
+                decode_j=spent * 0.9 if held else None,
+                scope_energy_j=None if scope_j is None else scope_j * total / 1_000 * own.normal(1, 0.03),
+                emax_j=emax_j,
+                finish="length" if written[place] == limit else "stop",
+                rouge1=lsum + 8,
+                rouge2=lsum / 2.4,
+                rouge_l=lsum - 6,
+                rouge_lsum=lsum,
+                nll=2.4 - score / 60,
+                answer_tokens=55,
+            )
+        )
+    return samples
+
+
+def classified(run: Run, count: int, accuracy: float, classes: int = 2, joules: float = 5.0) -> list[Sample]:
+    """Samples with labels, answered rightly with probability ``accuracy``."""
+    truth = np.random.default_rng(3).integers(0, classes, count)
+    own = np.random.default_rng(sum(map(ord, run.run_id)))
+    names = ["negative", "positive"] if classes == 2 else [str(place) for place in range(classes)]
+    samples = []
+    for place, base in enumerate(generated(run, count, joules=joules)):
+        answer = truth[place] if own.random() < accuracy else (truth[place] + own.integers(1, classes)) % classes
+        samples.append(
+            replace(
+                base,
+                label=names[truth[place]],
+                predicted_label=names[answer],
+                new_tokens=0,
+                finish="label",
+                rouge1=None,
+                rouge2=None,
+                rouge_l=None,
+                rouge_lsum=None,
+            )
+        )
+    return samples
+
+
+def trained(run: Run, target: float | None = 0.6) -> list[StepMetric]:
+    """A learning curve: the loss falls, and with ``target`` the expected energy nears E_max."""
+    own = np.random.default_rng(5)
+    steps: list[StepMetric] = []
+    ratio, multiplier = 1 / (target or 1), 0.1
+    for step in range(10, (run.steps or 0) + 1, 10):
+        loss = 2.1 + 1.4 * math.exp(-step / 80) + own.normal(0, 0.05)
+        if target is not None and step > 50:
+            ratio += (0.98 - ratio) * 0.12 + own.normal(0, 0.01)
+            multiplier = max(0.0, multiplier + 0.25 * (ratio - 1))
+        steps.append(
+            StepMetric(
+                step=step,
+                split="train",
+                epoch=step / 100,
+                loss=loss + (multiplier * (ratio - 1) if target is not None else 0),
+                task_loss=loss,
+                learning_rate=1e-3,
+                energy_j=None if target is None else 0.02 * ratio,
+                energy_ratio=None if target is None else ratio,
+                multiplier=None if target is None else multiplier,
+            )
+        )
+        if step % 50 == 0:
+            held_out = loss + 0.08
+            steps.append(StepMetric(step=step, split="validation", epoch=step / 100, loss=held_out, task_loss=held_out))
+    return steps
+
+
+def used(method: str) -> list[LayerUse]:
+    """Shares of the states over ``LAYERS`` layers; later layers are off more often."""
+    uses = []
+    for layer in range(LAYERS):
+        off = 0.1 + 0.6 * layer / LAYERS
+        shares = {"off": off, "int8": (1 - off) * 0.55, "full": (1 - off) * 0.45}
+        if method != "hest":
+            shares = {"off": off * 0.6, "full": 1 - off * 0.6}
+        uses += [LayerUse(layer, state, round(share * 1e6), share) for state, share in shares.items() if state in STATES]
+    return uses
+
+
+def study(count: int = 500) -> duckdb.DuckDBPyConnection:
+    """Six runs of one study: two budgets of hest, an ablation, tabs, lora and base."""
+    connection = empty_store()
+    for run, settings in (
+        (a_run("base", 1), {"joules": 52.0, "score": 18.0, "tokens": 112.0}),
+        (a_run("lora", 2), {"joules": 46.0, "score": 29.4, "tokens": 84.0}),
+        (a_run("tabs", 3), {"joules": 63.0, "score": 30.1, "tokens": 90.0, "scope_j": 0.030, "emax_j": None}),
+        (a_run("hest", 4), {"joules": 43.0, "score": 30.0, "tokens": 88.0, "scope_j": 0.017, "emax_j": 0.016}),
+        (
+            a_run("hest", 5, emax_ratio=0.4),
+            {"joules": 39.0, "score": 27.1, "tokens": 87.0, "scope_j": 0.011, "emax_j": 0.0105},
+        ),
+        (
+            a_run("hest", 6, precision="fp16-only"),
+            {"joules": 47.0, "score": 30.2, "tokens": 89.0, "scope_j": 0.019, "emax_j": 0.016},
+        ),
+    ):
+        target = run.emax_ratio
+        add(
+            connection,
+            run,
+            samples=generated(run, count, **settings),
+            steps=[] if run.method == "base" else trained(run, target),
+            utilisation=used(run.method or "") if run.method in ("hest", "tabs") else [],
+        )
+    return connection

@@ -1,0 +1,112 @@
+"""What the certificate finds out about counters whose truth is known."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from hestctl.energy.certificate import MEASURES, certify
+from hestctl.energy.counter import CpuTimeCounter, Unavailable
+from hestctl.energy.fake import FakeClock, FakeCounter, Faults
+
+
+def certificate(power: Any = 120.0, **counter: Any) -> Any:
+    """At rest for 10 s, then a load that draws what the pieces say."""
+    clock = FakeClock()
+    fake = FakeCounter(power, clock, on_read=lambda: clock.spend(0.00225), **counter)
+    return certify(fake, clock=clock, pace=clock, load=clock.advance)
+
+
+def test_a_good_counter_is_certified() -> None:
+    found = certificate([(-1, 120.0), (9.99, 450.0)], jitter_s=0.003)
+    assert found.missing == {} and found.warnings == ()
+    assert found.step_s == pytest.approx(0.1, abs=0.006)
+    assert 0 < found.jitter_s < 0.01
+    assert found.idle_w == pytest.approx(120, rel=0.01)
+    assert 0 < found.noise_j < 120 * 0.02
+    assert found.load_w == pytest.approx(450, rel=0.01)
+    assert found.polling_ratio == pytest.approx(1, abs=0.01)
+    assert found.power_ratio == pytest.approx(1, abs=0.01)
+    assert 0.1 < found.least_window_5pct_s < 1.5
+    assert found.least_window_1pct_s == pytest.approx(5 * found.least_window_5pct_s)
+    assert (found.kind, found.device_uuid, found.driver) == ("measured", "GPU-fake", "0.0")
+
+
+def test_the_least_window_keeps_its_promise() -> None:
+    from hestctl.energy.meter import Meter
+
+    found = certificate([(-1, 120.0), (9.99, 450.0)], jitter_s=0.003)
+    clock = FakeClock()
+    fake = FakeCounter(450.0, clock, jitter_s=0.003, seed=9, on_read=lambda: clock.spend(0.00225))
+    with Meter(fake, clock=clock, pace=clock) as meter:
+        for _ in range(20):
+            with meter.window("w", "p") as window:
+                clock.advance(found.least_window_5pct_s)
+            assert window.result.error_j is not None and window.result.energy_j is not None
+            assert window.result.error_j <= 0.055 * window.result.energy_j
+
+
+def test_a_board_that_loses_energy_when_polled_is_found_out() -> None:
+    found = certificate([(-1, 120.0), (9.99, 450.0)], faults=Faults(lost_per_read_j=0.2))
+    assert found.polling_ratio < 0.97
+    assert any("polling changes" in warning for warning in found.warnings)
+
+
+def test_power_that_disagrees_with_the_counter_is_told() -> None:
+    assert certificate(450.0, power_gain=0.9).power_ratio == pytest.approx(1 / 0.9, rel=0.01)
+
+
+def test_contention_is_warned_of() -> None:
+    found = certificate(faults=Faults(foreign_s=(-1, 1e9)))
+    assert any("contention" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "faults, says, known",
+    [
+        (Faults(lost_at_s=2.0), "GPU is lost", set()),
+        (Faults(stuck_s=(2.0, 1e9)), "stuck", set()),
+        (Faults(reset_at_s=2.0), "reset", set()),
+        (Faults(lost_at_s=12.0), "GPU is lost", {"step_s", "jitter_s", "idle_w", "noise_j"}),
+    ],
+)
+def test_what_a_failing_counter_cannot_tell_is_missing_with_the_reason(
+    faults: Faults, says: str, known: set[str]
+) -> None:
+    found = certificate(faults=faults)
+    for name in MEASURES:
+        assert (getattr(found, name) is None) == (name not in known)
+        assert name in known or says in found.missing[name]
+
+
+def test_too_short_a_look_is_not_a_certificate() -> None:
+    clock = FakeClock()
+    found = certify(FakeCounter(120.0, clock), clock=clock, pace=clock, seconds=0.5)
+    assert found.step_s is None and "too few" in found.missing["step_s"]
+
+
+def test_a_counter_without_instant_power_has_no_power_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(FakeCounter, "power_w")
+    found = certificate()
+    assert found.power_ratio is None and found.driver is None
+    assert "no instant power" in found.missing["power_ratio"]
+    assert set(found.missing) == {"power_ratio"}
+
+
+@pytest.mark.parametrize(
+    "counter, kind, says",
+    [(Unavailable("no GPU here"), "none", "no GPU here"), (CpuTimeCounter(8.0), "estimated", "estimated")],
+)
+def test_without_a_counter_there_are_reasons_and_no_numbers(counter: Any, kind: str, says: str) -> None:
+    found = certify(counter)
+    assert found.kind == kind
+    assert all(getattr(found, name) is None and says in found.missing[name] for name in MEASURES)
+
+
+def test_certificates_are_json() -> None:
+    document = json.loads(json.dumps(certificate(faults=Faults(foreign_s=(-1, 1e9))).as_dict()))
+    assert document["idle_w"] == pytest.approx(120, rel=0.01)
+    assert document["created_at"].endswith("+00:00")
+    assert isinstance(document["warnings"], list)
