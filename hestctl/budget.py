@@ -65,9 +65,7 @@ def resolve_budget(
     if emax_j is not None:
         return Budget(emax_j, "given by --emax", None, max_new_tokens, max_new_tokens, num_beams)
     if emax_ratio is None:
-        raise HestError(
-            "hest needs a budget", "give --emax-ratio 0.6 (of TABS) or --emax JOULES", Exit.USAGE
-        )
+        raise HestError("hest needs a budget", "give --emax-ratio 0.6 (of TABS) or --emax JOULES", Exit.USAGE)
     if reference is not None:
         spent = reference.int8_per_sample * costs_j[1] + reference.full_per_sample * costs_j[2]
         origin = f"{emax_ratio:g} x tabs run {reference.run_id}"

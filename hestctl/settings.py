@@ -221,7 +221,7 @@ def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
 def from_document(document: Mapping[str, Any]) -> Settings:
     """Settings as a run recorded them. Raises HestError (usage) where they no longer fit."""
     try:
-        rooms = {
+        rooms: dict[str, Any] = {
             name: field.annotation.model_validate(document[name])
             for name, field in Settings.model_fields.items()
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
@@ -241,7 +241,7 @@ def of_run(resolved: Resolved, document: Mapping[str, Any]) -> Settings:
     """
     own = ("energy.", "profile.", "search.", "db")
     recorded = from_document(document)
-    told = {key: value for key, value in _flatten(resolved.settings.model_dump())}
+    told = dict(_flatten(resolved.settings.model_dump()))
     changes = {
         key: told[key]
         for key, origin in resolved.origins.items()
@@ -308,7 +308,7 @@ def load(profile: str = DEFAULT_PROFILE, flags: Mapping[str, Any] | None = None)
         loaded = FromProfile(**_nest(given))
         settings = Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
     except ValidationError as error:
-        raise _explain(error, origins, sources) from None
+        raise _explain(error, origins) from None
     except SettingsError as error:
         raise HestError(str(error), "check the HESTCTL_* variables", Exit.USAGE) from None
     return Resolved(settings, origins, profile)
@@ -397,11 +397,7 @@ def _origin(key: str, sources: Mapping[str, tuple[Mapping[str, Any], str]]) -> s
     return next((label for label, (values, _) in sources.items() if key in values), "default")
 
 
-def _explain(
-    error: ValidationError,
-    origins: Mapping[str, str],
-    sources: Mapping[str, tuple[Mapping[str, Any], str]],
-) -> HestError:
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> HestError:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))

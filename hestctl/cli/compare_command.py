@@ -20,7 +20,9 @@ def compare(
         list[str] | None,
         typer.Option("--db", help="A store, or a glob of them; repeatable. [default: runs.duckdb]"),
     ] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Where figures go. [default: figures]")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Where figures go. [default: figures]")
+    ] = None,
     margin: Annotated[
         float, typer.Option(help="Points of ROUGE-Lsum that still count as equal quality.")
     ] = 1.0,

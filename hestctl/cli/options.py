@@ -39,9 +39,7 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="embedded, cnn_dailymail, lra-text, lra-listops, or a file or folder."),
 ]
-MeterOption = Annotated[
-    str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate or none.")
-]
+MeterOption = Annotated[str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate or none.")]
 RunOption = Annotated[str | None, typer.Option("--run", help="A run id; `hestctl runs list` shows them.")]
 EmaxRatioOption = Annotated[
     float | None,

@@ -58,7 +58,11 @@ def table(
     for index, header in enumerate(headers):
         name = index < left
         out.add_column(
-            Text(header), justify="left" if name else "right", no_wrap=name, overflow="fold", vertical="middle"
+            Text(header),
+            justify="left" if name else "right",
+            no_wrap=name,
+            overflow="fold",
+            vertical="middle",
         )
     for row in rows:
         out.add_row(*(Text(cell) for cell in row))

@@ -22,7 +22,9 @@ def profile(
         int | None, typer.Option("--seq-len", help="Longest prompt, tokens; shorter ones are swept too.")
     ] = None,
     batch_size: Annotated[str | None, typer.Option("--batch-size", help="Such as 1 or 1,4.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(help="Tokens generated from each prompt, exactly.")] = None,
+    new_tokens: Annotated[
+        int | None, typer.Option(help="Tokens generated from each prompt, exactly.")
+    ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Samples a length, each from another article.")] = None,
     run: o.RunOption = None,

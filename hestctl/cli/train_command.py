@@ -18,7 +18,9 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    method: Annotated[str | None, typer.Option(help="hest, tabs, bhsp, lora or base. [default: hest]")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="hest, tabs, bhsp, lora or base. [default: hest]")
+    ] = None,
     emax_ratio: o.EmaxRatioOption = None,
     emax: o.EmaxOption = None,
     reference: o.ReferenceOption = None,
@@ -48,7 +50,9 @@ def train(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option(help="Recompute activations to save memory.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of initialisation, data order and gate noise.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of initialisation, data order and gate noise.")
+    ] = None,
     trial: Annotated[
         bool, typer.Option("--trial", help="One epoch over two batches: does it run at all?")
     ] = False,
@@ -196,12 +200,18 @@ def show(run: Run, db: object) -> None:
         ("new tokens a sample", number(s.get("new_tokens_per_sample"), 1)),
         ("latency p50 / p99", f"{number(s.get('latency_p50_s'), 2)} / {number(s.get('latency_p99_s'), 2)} s"),
         ("training", joules(run.train_energy_j, kind)),
-        ("parameters", f"{run.controller_parameters or 0:,} controller, {run.adapter_parameters or 0:,} adapter"),
+        (
+            "parameters",
+            f"{run.controller_parameters or 0:,} controller, {run.adapter_parameters or 0:,} adapter",
+        ),
     ]
     if run.emax_j is not None:
         rows += [
             ("budget E_max", f"{run.emax_j:.4g} J a sample, scope {run.scope} ({run.emax_origin})"),
-            ("spent of it", f"{joules(s.get('scope_energy_j_per_sample'), 'predicted')} from the logged states"),
+            (
+                "spent of it",
+                f"{joules(s.get('scope_energy_j_per_sample'), 'predicted')} from the logged states",
+            ),
             ("over budget", f"{100 * (run.over_budget_share or 0):.0f} % of {s.get('samples')} samples"),
         ]
     out.table(f"{run.run_id}: {run.method} on {run.dataset}", ("figure", "value"), rows, left=1)

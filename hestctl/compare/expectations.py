@@ -34,7 +34,7 @@ def lines(
         _score(facts, hest, rows),
         _equal_quality(pair),
         _less_energy(facts, pair),
-        _less_latency(pair),
+        _less_latency(facts, pair),
         _fewer_parameters(hest, tabs),
         *_at_4k(connection, hest, tabs),
     )
@@ -85,12 +85,12 @@ def _less_energy(facts: Mapping[str, str], pair: Pair | None) -> Expectation:
     )
 
 
-def _less_latency(pair: Pair | None) -> Expectation:
+def _less_latency(facts: Mapping[str, str], pair: Pair | None) -> Expectation:
     text = "35 % less p99 latency than TABS"
     if pair is None:
         return Expectation(text, "not measured", _NO_PAIR)
     outcome, reason = _threshold(pair.latency_p99_ratio, 0.65)
-    return Expectation(text, outcome, f"{pair.proposed}: {reason}")
+    return Expectation(text, outcome, f"{pair.proposed} on {facts['backbone']}: {reason}")
 
 
 def _fewer_parameters(hest: Entry | None, tabs: Entry | None) -> Expectation:
@@ -179,28 +179,31 @@ def budget_samples(
 
 def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> list[ProfileRun]:
     """Finished profile runs that belong to ``entries``, each with the label of its row."""
+    hardened = {run.run_id: run.parent_run_id for run, _ in read_runs(connection, ("harden",))}
     found = []
     for run, store in read_runs(connection, ("profile",)):
-        owner = next((entry for entry in entries if belongs(run, entry)), None)
+        owner = next((entry for entry in entries if belongs(run, entry, hardened)), None)
         if run.status == "finished" and owner is not None:
-            parents = [one for one in owner.members if one.run.run_id == run.parent_run_id]
+            sources = (run.parent_run_id, hardened.get(run.parent_run_id or ""))
+            parents = [one for one in owner.members if one.run.run_id in sources]
             parent = parents[0] if parents else owner.members[0]
             found.append(ProfileRun(run.run_id, store, owner.row_label(parent)))
     return found
 
 
-def belongs(run: Run, entry: Entry) -> bool:
-    """Whether the profile ``run`` measured the configuration of ``entry``."""
-    if run.parent_run_id is not None:
-        return run.parent_run_id in entry.run_ids
-    if config_of(run) != entry.config:
-        return False
+def belongs(run: Run, entry: Entry, trained_by: Mapping[str, str | None]) -> bool:
+    """Whether the profile ``run`` measured the configuration of ``entry``.
+
+    It descends from one of its train runs, perhaps through a harden run (``trained_by`` maps harden
+    runs to the runs they hardened), or has no parent and is alike on the same device.
+    """
+    parent = run.parent_run_id
+    if parent is not None:
+        return parent in entry.run_ids or trained_by.get(parent) in entry.run_ids
     first = entry.members[0].run
-    return (run.device_uuid, run.backbone, run.weights, run.dtype) == (
-        first.device_uuid,
-        first.backbone,
-        first.weights,
-        first.dtype,
+    return config_of(run) == entry.config and all(
+        getattr(run, name) == getattr(first, name)
+        for name in ("device_uuid", "device_name", "backbone", "weights", "dtype")
     )
 
 

@@ -78,7 +78,8 @@ def draw(
             drawn.reasons[name] = str(nothing)
             continue
         for suffix in formats:
-            path = out_dir / f"{name}.{suffix}"
+            # A run id of several stores ends in the store's path.
+            path = out_dir / f"{name.replace('/', '-')}.{suffix}"
             figure.plot.save(path, width=figure.width_in, height=figure.height_in, dpi=dpi, verbose=False)
             drawn.append(path)
     return drawn

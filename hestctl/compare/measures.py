@@ -148,7 +148,7 @@ def _likelihood(samples: Samples) -> Measure:
     held = np.isfinite(nll) & np.isfinite(tokens) & (tokens > 0)
     if not held.any():
         return absent("the answers were not scored")
-    return statistics.ratio_of_means((nll * tokens)[held], tokens[held])
+    return statistics.ratio_of_means(nll[held], tokens[held])
 
 
 def _budget(member: Loaded) -> dict[str, Measure]:

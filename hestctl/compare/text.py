@@ -37,23 +37,25 @@ class _Footnotes:
         return self.missing(measure.reason).replace(" ", "\n") if measure.value is None else show(measure)
 
     def missing(self, reason: str | None, word: str = NOT_MEASURED) -> str:
-        text = f"{word}: {reason or 'no reason was recorded'}"
-        if text not in self.reasons:
-            self.reasons.append(text)
-        return f"{word} ({_letter(self.reasons.index(text))})"
+        return self.refer(word, f"{word}: {reason or 'no reason was recorded'}")
+
+    def refer(self, word: str, reason: str) -> str:
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return f"{word} ({_letter(self.reasons.index(reason))})"
 
     def lines(self) -> tuple[str, ...]:
         return tuple(f"({_letter(place)}) {reason}" for place, reason in enumerate(self.reasons))
 
 
 def number(value: float) -> str:
-    """Three significant digits, thousands whole and grouped: 0.0123, 1.23, 123, 12,345."""
+    """Three significant digits, thousands whole and grouped: 1.2e-05, 0.0123, 1.23, 123, 12,345."""
     size = abs(value)
     if size == 0:
         return "0"
     if size >= 99.95:
         return f"{value:,.0f}"
-    return f"{value:.{min(_decimals(value), 6)}f}"
+    return f"{value:.{_decimals(value)}f}" if size >= 1e-3 else f"{value:.2e}"
 
 
 def with_interval(measure: Measure) -> str:
@@ -62,10 +64,11 @@ def with_interval(measure: Measure) -> str:
         return NOT_MEASURED
     if measure.low is None or measure.high is None:
         return number(measure.value)
-    places = 0 if abs(measure.value) >= 99.95 else min(_decimals(measure.value), 6)
+    places = 0 if abs(measure.value) >= 99.95 else _decimals(measure.value)
+    style = f",.{places}f" if abs(measure.value) >= 1e-3 or measure.value == 0 else ".2e"
 
     def edge(value: float) -> str:
-        return f"{value:,.{places}f}" if math.isfinite(value) else "open"
+        return f"{value:{style}}" if math.isfinite(value) else "open"
 
     return f"{edge(measure.value)} [{edge(measure.low)}, {edge(measure.high)}]"
 
@@ -106,11 +109,9 @@ def as_rows(comparison: Comparison) -> list[TextTable]:
     if comparison.pairs:
         tables.append(_pair_table(comparison))
     if comparison.expectations:
-        lines = tuple((one.text, one.outcome, one.reason) for one in comparison.expectations)
-        tables.append(TextTable("The original's expectations", ("expected of HEST", "outcome", "why"), lines))
+        tables.append(_expectation_table(comparison))
     if comparison.set_apart:
-        apart = tuple((one.run_id, one.label, f"{one.kind}: {one.reason}") for one in comparison.set_apart)
-        tables.append(TextTable("Set apart", ("run", "label", "why"), apart))
+        tables.append(_apart_table(comparison))
     return tables
 
 
@@ -203,7 +204,7 @@ def _pair_table(comparison: Comparison) -> TextTable:
     measured = comparison.energy_kind == "measured"
     headers: tuple[str, ...] = (
         "pair",
-        "gap % [95 %]",
+        "gap %\n[95 %]",
         "by\nlength",
         "by\ntoken",
         "quality\npoints",
@@ -211,17 +212,17 @@ def _pair_table(comparison: Comparison) -> TextTable:
         "verdict",
     )
     if not measured:
-        headers = ("pair", "gap %", "estimated time ratio [95 %]", "quality points", "verdict")
+        headers = ("pair", "gap %", "estimated time\nratio [95 %]", "quality\npoints", "verdict")
     rows: list[tuple[str, ...]] = []
     for pair in comparison.pairs:
-        name = f"{pair.proposed} : {pair.other}"
+        name = f"{pair.proposed} :\n{pair.other}"
         difference = pair.quality_difference.value
         points = (
             notes.missing(pair.quality_difference.reason)
             if difference is None
-            else f"{difference:+.2f} {pair.quality}"
+            else f"{difference:+.2f}\n{pair.quality}"
         )
-        gap = notes.cell(pair.gap_percent, percent_with_interval, "no gap")
+        gap = notes.cell(pair.gap_percent, percent_with_interval, "no gap").replace(" [", "\n[")
         if not measured:
             rows.append((name, gap, notes.cell(pair.time_ratio, with_interval), points, pair.verdict))
             continue
@@ -240,6 +241,18 @@ def _pair_table(comparison: Comparison) -> TextTable:
     )
     remarks = tuple(dict.fromkeys(note for pair in comparison.pairs for note in pair.notes))
     return TextTable("Pairs", headers, tuple(rows), (*notes.lines(), *reasons, *remarks))
+
+
+def _expectation_table(comparison: Comparison) -> TextTable:
+    notes = _Footnotes()
+    rows = tuple((line.text, notes.refer(line.outcome, line.reason)) for line in comparison.expectations)
+    return TextTable("The original's expectations", ("expected of HEST", "outcome"), rows, notes.lines())
+
+
+def _apart_table(comparison: Comparison) -> TextTable:
+    notes = _Footnotes()
+    rows = tuple((one.run_id, one.label, notes.refer(one.kind, one.reason)) for one in comparison.set_apart)
+    return TextTable("Set apart", ("run id", "run", "kept out as"), rows, notes.lines())
 
 
 def _gap_line(name: str, other: Best | None, gap: Measure) -> str:

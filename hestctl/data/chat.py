@@ -112,7 +112,7 @@ def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int,
 
 def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Special tokens, and other added tokens that the template writes: id and spelling."""
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    template = str(tokenizer.chat_template or "")
     tokens = {
         index: token.content
         for index, token in tokenizer.added_tokens_decoder.items()
@@ -163,7 +163,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, user: str, assistant: str | No
         text = tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=assistant is None, date_string=_DATE
         )
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError) as error:
         raise HestError(f"the chat template fails: {error}", "use a backbone with another template") from None
     if not isinstance(text, str) or any(text.count(turn["content"]) != 1 for turn in turns):
         raise HestError(

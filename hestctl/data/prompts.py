@@ -121,7 +121,7 @@ def encode(
     chat = chat_of(tokenizer, _CUES[task])
     request = f"{instruction(task, labels)}\n\n"
     room = _room(settings, chat, len(plain_ids(tokenizer, [request], chat.user)[0]))
-    same = list(range(len(tokenizer)))  # one int object a token id, not one an occurrence
+    one: dict[int, int] = {}  # a token id is one object, however often it occurs
     encoded: list[Encoded] = []
     for start in range(0, len(examples), _AT_ONCE):
         chunk = examples[start : start + _AT_ONCE]
@@ -138,8 +138,8 @@ def encode(
             encoded.append(
                 Encoded(
                     sample_id=example.sample_id,
-                    prompt_ids=(*chat.head, *(same[i] for i in turn[:room]), *chat.tail),
-                    answer_ids=(*(same[i] for i in answer[:longest]), chat.end),
+                    prompt_ids=(*chat.head, *(one.setdefault(i, i) for i in turn[:room]), *chat.tail),
+                    answer_ids=(*(one.setdefault(i, i) for i in answer[:longest]), chat.end),
                     truncated_tokens=max(len(turn) - room, 0) + max(len(answer) - longest, 0),
                     reference=example.answer,
                     label=example.label,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class EnergyTable:
     @property
     def int8_pays(self) -> bool:
         """True where an int8 direction is cheaper than a full one beyond the error of both."""
-        spread = (self.int8.error_j**2 + self.full.error_j**2) ** 0.5
+        spread = math.hypot(self.int8.error_j, self.full.error_j)
         return self.int8.joules + 2 * spread < self.full.joules
 
     @property

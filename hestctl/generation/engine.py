@@ -56,7 +56,7 @@ class Generator:
         device = self.backbone.device
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        config = GenerationConfig(
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens if forced_length else 0,
             num_beams=num_beams,
@@ -105,7 +105,11 @@ class Generator:
         wanted = labels != -100
         logits = self.backbone.model.lm_head(out.last_hidden_state[:, :-1][wanted])
         losses = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
-        return [float(part.sum()) for part in losses.split(wanted.sum(1).tolist())]
+        return [float(part.sum()) for part in torch.split(losses, wanted.sum(1).tolist())]
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Tokens as text, special tokens left out."""
+        return str(self.backbone.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def _gates(self, mask_WT: Tensor, prompt_Q: Tensor, new_tokens: int, beams: int) -> HardPass | None:
         if self.adapters is None:

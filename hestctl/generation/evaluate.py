@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from hestctl.data.prompts import Encoded, label_answers
 from hestctl.energy.meter import Edge, Meter
 from hestctl.energy.shares import apportion
@@ -18,7 +20,6 @@ from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.progress import Progress
 from hestctl.records import STATES, LayerUse, Sample, Window
 from hestctl.settings import GenerationSettings
-
 
 
 @dataclass(slots=True)
@@ -59,8 +60,8 @@ def evaluate(
 
     ``check`` is polled between batches and may raise Interrupted. ``score`` false leaves quality out
     (profile on synthetic prompts has no reference); ``forced_length`` generates exactly
-    ``settings.new_tokens``; ``warm_up`` runs the first batch once before the meter. Raises HestError when two labels cannot be told
-    apart by their first token.
+    ``settings.new_tokens``; ``warm_up`` runs the first batch once before the meter.
+    Raises HestError when two labels cannot be told apart by their first token.
     """
     names: dict[int, str] = {}
     if labels:
@@ -165,7 +166,6 @@ def _samples(
     if window.energy_j is not None:
         shares = list(apportion(window.energy_j, window.error_j or 0.0, work))
     plan = generator.plan
-    tokenizer = generator.backbone.tokenizer
     counts = batch.result.counts_QLS
     for i, row in enumerate(batch.rows):
         energy, error = shares[i]
@@ -203,7 +203,7 @@ def _samples(
                 label=row.label,
                 predicted_label=batch.predicted[i] if batch.predicted else None,
             ),
-            tokenizer.decode(new_ids, skip_special_tokens=True),
+            generator.text(new_ids),
         )
 
 
@@ -229,7 +229,7 @@ def _layer_use(batches: list[_Batch]) -> list[LayerUse]:
     counts = [batch.result.counts_QLS for batch in batches if batch.result.counts_QLS is not None]
     if not counts:
         return []
-    total_LS = sum(part.sum(0) for part in counts)
+    total_LS = torch.cat(counts).sum(0)
     return [
         LayerUse(layer, STATES[state], int(count), int(count) / max(1, int(row.sum())))
         for layer, row in enumerate(total_LS)

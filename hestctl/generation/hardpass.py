@@ -44,7 +44,7 @@ class HardPass:
             state_WTR = self._ledger.allow(layer, state_WTR, real_WT)
         one_hot_WTRS = F.one_hot(state_WTR, 3)
         requests = self.counts_QLS.shape[0]
-        self.counts_QLS[:, layer] += (one_hot_WTRS * real_WT[..., None, None]).view(
-            requests, -1, state_WTR.shape[2], 3
-        ).sum((1, 2))
+        self.counts_QLS[:, layer] += (
+            (one_hot_WTRS * real_WT[..., None, None]).view(requests, -1, state_WTR.shape[2], 3).sum((1, 2))
+        )
         return hidden_WTD + self._adapters.delta(x_WTD, layer, one_hot_WTRS)

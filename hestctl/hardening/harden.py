@@ -55,7 +55,7 @@ def harden(
     bounds every single sample. Without a budget (tabs, bhsp) the plan records decisions and energy
     and binds nothing.
     """
-    layers, _, rank = adapters.shape
+    layers = adapters.shape[0]
     looks = [_look(backbone, adapters, row, budget, table) for row in rows]
     plan = Plan(
         version=PLAN_VERSION,
@@ -83,16 +83,14 @@ def harden(
         plan = _repair(adapters.gate, looks, plan, budget.emax_j)
         looks = [_look(backbone, adapters, row, budget, table) for row in rows]
     hardened = [_under_ledger(look, plan) for look in looks]
-    return replace(
-        plan, energies=Energies(expected_j, decided_j, _mean(hardened), max(hardened), len(looks))
-    )
+    return replace(plan, energies=Energies(expected_j, decided_j, _mean(hardened), max(hardened), len(looks)))
 
 
 @torch.inference_mode()
 def _look(
     backbone: Backbone, adapters: SpectralAdapters, row: Encoded, budget: Budget | None, table: EnergyTable
 ) -> _Look:
-    layers, _, rank = adapters.shape
+    layers = adapters.shape[0]
     batch = train_batch([row], backbone.pad_id)
     tokens = batch.input_ids.shape[1]
     scores: dict[int, Tensor] = {}
@@ -155,7 +153,7 @@ def _repair(gate: OrdinalGate, looks: list[_Look], plan: Plan, emax_j: float) ->
     kept, kept_j = at(0.0)
     best = kept if 0.95 * emax_j <= kept_j <= emax_j else at(high)[0]
     with torch.no_grad():
-        gate.threshold += best.shift
+        gate.threshold.add_(best.shift)
     return best
 
 

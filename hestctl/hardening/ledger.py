@@ -43,9 +43,7 @@ class Tariff:
         return torch.tensor([0, self.int8, self.full], dtype=torch.int64, device=device)
 
 
-def incomes(
-    emax_j: float, margin: float, pace_L: Tensor, work_Q: Tensor, tariff: Tariff
-) -> Tensor:
+def incomes(emax_j: float, margin: float, pace_L: Tensor, work_Q: Tensor, tariff: Tariff) -> Tensor:
     """Income per token of every (layer, request) in 2**-20 units, (L, Q) int64.
 
     ``work_Q`` is the most token positions the request can run (prompt plus new tokens, times beams);
@@ -54,7 +52,8 @@ def incomes(
     units = (1 - margin) * emax_j / tariff.unit_j
     share_L = pace_L.double() / pace_L.double().sum()
     per_token = units * share_L[:, None] / work_Q.double()[None, :]
-    return (per_token * 2**_FINE_BITS).floor().long()
+    fine: Tensor = per_token * 2**_FINE_BITS
+    return fine.floor().long()
 
 
 class Ledger:

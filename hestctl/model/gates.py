@@ -99,7 +99,8 @@ class OrdinalGate(nn.Module):
 
     def scores(self, x_BTD: Tensor, layer: int) -> Tensor:
         """The controller's p in spreads from the layer's centre, (B, T)."""
-        return (self.controller(x_BTD, layer) - self.centre_L[layer]) / self.spread_L[layer]
+        p_BT: Tensor = self.controller(x_BTD, layer)
+        return (p_BT - self.centre_L[layer]) / self.spread_L[layer]
 
     def logits_of(self, score: Tensor, threshold: Tensor, gap: Tensor) -> Tensor:
         """Logits (..., R, S) of scores (...,) under thresholds and gaps that broadcast to (..., R)."""

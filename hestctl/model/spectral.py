@@ -58,7 +58,9 @@ class SpectralAdapters(nn.Module):
 
     def importance(self) -> Tensor:
         """How much a direction can add to the residual: ``|s| * |U_i| * |V_i|``, (L, R)."""
-        return self.scale.abs() * self.down.norm(dim=1) * self.up.norm(dim=2)
+        down_LR: Tensor = torch.linalg.vector_norm(self.down, dim=1)
+        up_LR: Tensor = torch.linalg.vector_norm(self.up, dim=2)
+        return self.scale.abs() * down_LR * up_LR
 
 
 def normalise(hidden_BTD: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -33,7 +33,10 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write ``folder/step-00000012`` so that it is there whole or not at all. Raises HestError when the disk is full."""
+    """Write ``folder/step-00000012`` so that it is there whole or not at all.
+
+    Raises HestError when the disk is full; earlier checkpoints stay.
+    """
     final = folder / f"step-{step:08d}"
     aside = folder / f".aside-{step:08d}-{os.getpid()}"
     try:
@@ -94,7 +97,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise HestError(f"no adapter at {path}", "train the method again") from None
     except (SafetensorError, OSError) as error:
-        raise HestError(f"{path} is not a whole safetensors file: {error}", "train the method again") from None
+        raise HestError(
+            f"{path} is not a whole safetensors file: {error}", "train the method again"
+        ) from None
 
 
 def _problem(path: Path) -> str | None:

@@ -70,11 +70,9 @@ class Trainer:
         whole = settings.epochs * self._per_epoch
         self.total_steps = min(settings.max_steps or whole, whole)
         self._optimizer = self._build_optimizer()
-        self._scaler = torch.amp.GradScaler(
-            backbone.device.type, enabled=backbone.dtype == torch.float16
-        )
+        self._scaler = torch.amp.GradScaler(backbone.device.type, enabled=backbone.dtype == torch.float16)
         if settings.gradient_checkpointing:
-            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})
+            backbone.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
         """Before step 0: stagger the thresholds of an ordinal gate over the scores of one real batch."""
@@ -113,9 +111,7 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(
                 list(self.tuner.named_parameters().values()), self._settings.clip_norm
             )
-            if not math.isfinite(totals.task) or (
-                not torch.isfinite(norm) and not self._scaler.is_enabled()
-            ):
+            if not math.isfinite(totals.task) or (not torch.isfinite(norm) and not self._scaler.is_enabled()):
                 raise HestError(
                     f"training diverged at step {self.step}: loss {totals.task}, gradient norm {float(norm)}",
                     "lower --lr or --gate-lr; the last checkpoint holds the state before",
@@ -129,7 +125,7 @@ class Trainer:
                 self.multiplier.step(metric.energy_ratio or 0.0)
             self.step += 1
             yield metric
-        self.backbone.model.eval()
+        self.backbone.model.train(False)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able state from which ``restore`` goes on as if nothing had happened."""
@@ -300,8 +296,6 @@ class Trainer:
             share_full=full,
             tokens_per_s=tokens / seconds,
         )
-
-
 
 
 def _group(name: str) -> str:

@@ -13,7 +13,7 @@ from hestctl.records import Run
 from hestctl.runs import new_run_id, recording
 from hestctl.settings import Settings
 from hestctl.store.store import Store
-from hestctl.workflows.setup import describe, energy_table, open_meter
+from hestctl.workflows.setup import describe, energy_table, find_counter, open_meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def calibrate(settings: Settings, store: Store, progress: Progress) -> Calibrate
         )
         with recording(store, row) as recorder:
             progress.note("certifying the meter")
-            certificate = certify(meter.counter).as_dict()
+            certificate = certify(find_counter(settings.energy, backbone.device)).as_dict()
             table = energy_table(settings, backbone, meter, store, recorder, progress, renew=True)
             recorder.run.summary = {**recorder.run.summary, "certificate": certificate}
     return Calibrated(recorder.run, table, certificate)

@@ -15,11 +15,12 @@ from hestctl.data.articles import Splits, load_splits
 from hestctl.data.prompts import Encoded, encode
 from hestctl.energy.counter import open_counter
 from hestctl.energy.meter import Meter
+from hestctl.energy.protocol import Counter, Unavailable
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import ENGINE, Generator
 from hestctl.hardening.plan import Plan, read_plan
-from hestctl.model.backbone import Backbone, load_backbone
+from hestctl.model.backbone import Backbone
 from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
 from hestctl.records import Run
@@ -73,11 +74,19 @@ def load_data(settings: Settings, backbone: Backbone, progress: Progress) -> Dat
     return Data(splits, encoded["train"], encoded["validation"], encoded["test"])
 
 
+def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Unavailable:
+    """The energy counter of the device that computes.
+
+    Raises HestError (no device) where one was demanded and is not there.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    return open_counter(settings.meter, cuda_uuid=uuid, nominal_watts=settings.nominal_watts)
+
+
 @contextmanager
 def open_meter(settings: EnergySettings, device: torch.device, progress: Progress) -> Iterator[Meter]:
     """The meter of the device that generates, started and stopped around the work."""
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    counter = open_counter(settings.meter, cuda_uuid=uuid, nominal_watts=settings.nominal_watts)
+    counter = find_counter(settings, device)
     synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
     with Meter(counter, synchronise=synchronise, poll_s=settings.poll_s) as meter:
         if meter.kind == "measured":
@@ -217,14 +226,18 @@ def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     if plan.emax_j is None or energies is None:
         return
     recorder.run.hardened_ratio = energies.hardened_j / plan.emax_j
-    told = (
-        f"hardened: {energies.hardened_j / plan.emax_j:.3f} of E_max on {energies.samples} validation samples "
-        f"(worst {energies.worst_j / plan.emax_j:.3f}); expected {energies.expected_j / plan.emax_j:.3f}, "
-        f"hard gates before repair {energies.decided_j / plan.emax_j:.3f}"
+    expected, decided, hardened, worst = (
+        joules / plan.emax_j
+        for joules in (energies.expected_j, energies.decided_j, energies.hardened_j, energies.worst_j)
     )
-    progress.note(told)
+    progress.note(
+        f"hardened: {hardened:.3f} of E_max on {energies.samples} validation samples (worst {worst:.3f}); "
+        f"expected {expected:.3f}, hard gates before repair {decided:.3f}"
+    )
     if plan.moved is not None and abs(plan.moved) > 0.1:
-        progress.note(f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less")
+        progress.note(
+            f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less"
+        )
 
 
 def budget_of(

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from hestctl.energy.shares import split_phases
 from hestctl.records import Sample
 
 

@@ -28,7 +28,6 @@ from hestctl.runs import Recorder, new_run_id, recording, resume
 from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import ensure_space, write_whole
-from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import (
     latest_checkpoint,
@@ -114,9 +113,7 @@ class _Work:
         table = energy_table(s, self.backbone, self.meter, self.store, self.recorder, self.progress)
         budget = None
         if METHODS[s.method.name].budgeted:
-            budget = budget_of(
-                s, self.store, self.recorder, self.backbone, self.data, table, self.progress
-            )
+            budget = budget_of(s, self.store, self.recorder, self.backbone, self.data, table, self.progress)
         tuner = new_tuner(s.method, self.backbone, table.states, s.train.seed)
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
@@ -210,7 +207,7 @@ class _Work:
         """Answer likelihood (and ROUGE where asked for) of the validation split, by the hard gates."""
         rows = self.data.validation
         generator = Generator(self.backbone, trainer.tuner.spectral, None)
-        self.backbone.model.eval()
+        self.backbone.model.train(False)
         nll = tokens = 0.0
         for done, row in enumerate(rows, 1):
             self.recorder.check()
@@ -242,8 +239,7 @@ class _Work:
             self.recorder.check()
             s = self.settings.generation
             ids = generator.generate([row], new_tokens=s.new_tokens, num_beams=s.num_beams).new_ids[0]
-            text = self.backbone.tokenizer.decode(ids, skip_special_tokens=True)
-            total += scorer.score(row.reference, text).rouge_lsum
+            total += scorer.score(row.reference, generator.text(ids)).rouge_lsum
         return total / len(rows)
 
     def _show(self, trainer: Trainer, metric: StepMetric) -> None:
@@ -354,9 +350,7 @@ def record_evaluation(result: Evaluation, recorder: Recorder) -> None:
 
 
 def _demand_budget(settings: Settings) -> None:
-    if METHODS[settings.method.name].budgeted and not (
-        settings.budget.emax_j or settings.budget.emax_ratio
-    ):
+    if METHODS[settings.method.name].budgeted and not (settings.budget.emax_j or settings.budget.emax_ratio):
         raise HestError(
             f"{settings.method.name} needs a budget", "give --emax-ratio 0.6 or --emax JOULES", Exit.USAGE
         )

@@ -38,10 +38,13 @@ def empty_store() -> duckdb.DuckDBPyConnection:
     return connection
 
 
-def add(connection: duckdb.DuckDBPyConnection, run: Run, store: str = "runs.duckdb", **children: Sequence[Any]) -> None:
+def add(
+    connection: duckdb.DuckDBPyConnection, run: Run, store: str = "runs.duckdb", **children: Sequence[Any]
+) -> None:
     """Insert a run and its steps, samples, windows and utilisation."""
     values = {
-        name: json.dumps(value) if isinstance(value, Mapping) else value for name, value in asdict(run).items()
+        name: json.dumps(value) if isinstance(value, Mapping) else value
+        for name, value in asdict(run).items()
     }
     _insert(connection, "runs", [{**values, "store": store}])
     for table, records in children.items():
@@ -91,7 +94,9 @@ def a_run(method: str = "hest", number: int = 1, **changes: Any) -> Run:
         steps=300 if method != "base" else 0,
         controller_parameters={"hest": 21_000, "tabs": 276_480, "bhsp": 480}.get(method),
         adapter_parameters=None if method == "base" else 553_440,
-        train_energy_j=None if method == "base" else {"hest": 61_000.0, "tabs": 52_000.0}.get(method, 40_000.0),
+        train_energy_j=None
+        if method == "base"
+        else {"hest": 61_000.0, "tabs": 52_000.0}.get(method, 40_000.0),
         train_time_s=None if method == "base" else 180.0,
         settings={"backbone": {"name": "smollm2-135m"}},
     )
@@ -163,7 +168,7 @@ def generated(
                 rouge2=lsum / 2.4,
                 rouge_l=lsum - 6,
                 rouge_lsum=lsum,
-                nll=2.4 - score / 60,
+                nll=55 * (2.4 - score / 60),
                 answer_tokens=55,
             )
         )
@@ -177,7 +182,9 @@ def classified(run: Run, count: int, accuracy: float, classes: int = 2, joules: 
     names = ["negative", "positive"] if classes == 2 else [str(place) for place in range(classes)]
     samples = []
     for place, base in enumerate(generated(run, count, joules=joules)):
-        answer = truth[place] if own.random() < accuracy else (truth[place] + own.integers(1, classes)) % classes
+        answer = (
+            truth[place] if own.random() < accuracy else (truth[place] + own.integers(1, classes)) % classes
+        )
         samples.append(
             replace(
                 base,
@@ -219,7 +226,9 @@ def trained(run: Run, target: float | None = 0.6) -> list[StepMetric]:
         )
         if step % 50 == 0:
             held_out = loss + 0.08
-            steps.append(StepMetric(step=step, split="validation", epoch=step / 100, loss=held_out, task_loss=held_out))
+            steps.append(
+                StepMetric(step=step, split="validation", epoch=step / 100, loss=held_out, task_loss=held_out)
+            )
     return steps
 
 
@@ -231,7 +240,11 @@ def used(method: str) -> list[LayerUse]:
         shares = {"off": off, "int8": (1 - off) * 0.55, "full": (1 - off) * 0.45}
         if method != "hest":
             shares = {"off": off * 0.6, "full": 1 - off * 0.6}
-        uses += [LayerUse(layer, state, round(share * 1e6), share) for state, share in shares.items() if state in STATES]
+        uses += [
+            LayerUse(layer, state, round(share * 1e6), share)
+            for state, share in shares.items()
+            if state in STATES
+        ]
     return uses
 
 
@@ -242,7 +255,10 @@ def study(count: int = 500) -> duckdb.DuckDBPyConnection:
         (a_run("base", 1), {"joules": 52.0, "score": 18.0, "tokens": 112.0}),
         (a_run("lora", 2), {"joules": 46.0, "score": 29.4, "tokens": 84.0}),
         (a_run("tabs", 3), {"joules": 63.0, "score": 30.1, "tokens": 90.0, "scope_j": 0.030, "emax_j": None}),
-        (a_run("hest", 4), {"joules": 43.0, "score": 30.0, "tokens": 88.0, "scope_j": 0.017, "emax_j": 0.016}),
+        (
+            a_run("hest", 4),
+            {"joules": 43.0, "score": 30.0, "tokens": 88.0, "scope_j": 0.017, "emax_j": 0.016},
+        ),
         (
             a_run("hest", 5, emax_ratio=0.4),
             {"joules": 39.0, "score": 27.1, "tokens": 87.0, "scope_j": 0.011, "emax_j": 0.0105},

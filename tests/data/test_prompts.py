@@ -226,6 +226,7 @@ def test_a_tokenizer_without_offsets_gives_the_same_chat(monkeypatch: pytest.Mon
     ("template", "said"),
     [
         ("{{ raise_exception('system turn expected') }}", "system turn expected"),
+        ("{{ messages[0]['content'] + 1 }}", "the chat template fails"),
         ("{{ messages[0]['content'] + messages[0]['content'] }}", "each turn once"),
         ("{{ messages[0]['content'] | upper }}", "each turn once"),
     ],
@@ -233,6 +234,14 @@ def test_a_tokenizer_without_offsets_gives_the_same_chat(monkeypatch: pytest.Mon
 def test_a_template_that_cannot_be_used_is_refused(template: str, said: str) -> None:
     with pytest.raises(HestError, match=said):
         encode([ARTICLE], byte_tokenizer(template), SETTINGS, task="summarise")
+
+
+def test_a_space_that_ends_the_prompt_is_not_written_twice() -> None:
+    spaced = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer = byte_tokenizer(spaced + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    (row,) = encode([ARTICLE], tokenizer, SETTINGS, task="summarise")
+    request = f"user: {instruction('summarise')}\n\n{ARTICLE.text}\n"
+    assert spelt(row.prompt_ids + row.answer_ids[:-1]) == f"{request}assistant: {ARTICLE.answer}"
 
 
 def test_a_dated_template_writes_the_same_prompt_every_day() -> None:

@@ -228,9 +228,11 @@ def test_resume_refuses_what_is_finished_missing_or_at_work(store: Store, script
         ("../x", "not a run id"),
     ):
         for force in (False, True):
-            with pytest.raises(HestError, match=text) as caught:
-                with resume(store, run_id, a_run(), force=force):
-                    pytest.fail("the block ran")
+            with (
+                pytest.raises(HestError, match=text) as caught,
+                resume(store, run_id, a_run(), force=force),
+            ):
+                pytest.fail("the block ran")
             assert caught.value.exit_code == Exit.USAGE
     assert store.folder("train-1").owner() == before
 

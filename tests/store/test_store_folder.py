@@ -247,7 +247,9 @@ def test_a_disk_that_fills_up_during_a_run_keeps_what_was_recorded(store: Store,
             sys.exit(error.message + " // " + (error.hint or ""))
     """)
     out, err = process.communicate()
-    assert "no space left" in err and "bytes are needed" in err and process.returncode == 1, err
+    assert process.returncode == 1, err
+    assert "no space left" in err
+    assert "bytes are needed" in err
     store.recover_orphans()
     rows = store.folder("train-1").read_lines("samples")
     assert [row["position"] for row in rows.rows] == list(range(int(out)))

@@ -148,9 +148,9 @@ def test_a_locked_store_names_its_holder_and_nothing_has_begun(store: Store, scr
     """)
     assert first_line(process) == "held\n"
     impatient = Store(store.db, lock_timeout_s=0.2)
-    with pytest.raises(HestError, match=rf"process {process.pid} on .* \(waited 0\.2 s\)") as caught:
-        with recording(impatient, a_run()):
-            pytest.fail("the block ran")
+    holder = rf"process {process.pid} on .* \(waited 0\.2 s\)"
+    with pytest.raises(HestError, match=holder) as caught, recording(impatient, a_run()):
+        pytest.fail("the block ran")
     assert caught.value.exit_code == Exit.STORE
     assert not impatient.folder("train-1").path.exists()
     process.kill()
