@@ -84,20 +84,30 @@ def predicted_tabs_j(work_tokens: float, layers: int, rank: int, full_j: float) 
 
 @dataclass(slots=True)
 class Multiplier:
-    """The Lagrange multiplier of ``task + lambda * (E / E_max - 1)``, one dual-ascent step at a time.
+    """The Lagrange multiplier of ``task + weight * (E / E_max - 1)``, moved once an optimiser step.
 
-    ``plain``: lambda += alpha * (E / E_max - 1). ``clamp``: the same, never below zero, the
-    projection of dual ascent for an inequality. ``none``: lambda stays, a fixed soft penalty.
+    ``plain``: one dual-ascent step, lambda += alpha * (E / E_max - 1). ``clamp``: the same, projected
+    to lambda >= 0 as an inequality asks. ``pi``: clamp, and the excess itself added to the weight
+    (the augmented Lagrangian of Hestenes and Powell): pressure ends where the excess does, and does
+    not swing far below the budget first. ``none``: lambda stays, a fixed soft penalty.
     """
 
     value: float
     alpha: float
-    kind: Literal["plain", "clamp", "none"]
+    kind: Literal["plain", "clamp", "pi", "none"]
+    excess: float = 0.0
+    """The last observed E / E_max - 1."""
+
+    @property
+    def weight(self) -> float:
+        """What the energy term of the loss is multiplied with."""
+        return max(self.value + self.excess, 0.0) if self.kind == "pi" else self.value
 
     def step(self, ratio: float) -> None:
         """Move by one observed E / E_max."""
+        self.excess = ratio - 1.0
         if self.kind == "none":
             return
-        self.value += self.alpha * (ratio - 1.0)
-        if self.kind == "clamp":
+        self.value += self.alpha * self.excess
+        if self.kind != "plain":
             self.value = max(self.value, 0.0)

@@ -82,7 +82,7 @@ class BudgetSettings(_Section):
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
     emax_j: float | None = Field(default=None, gt=0)
     reference: str | None = None
-    dual: Literal["plain", "clamp", "none"] = "clamp"
+    dual: Literal["pi", "clamp", "plain", "none"] = "pi"
     alpha: float = Field(default=0.05, gt=0, le=1)
     lambda0: float = Field(default=0.1, ge=0)
     margin: float = Field(default=0.01, ge=0, lt=0.5)

@@ -27,7 +27,7 @@ def train(
     scope: Annotated[str | None, typer.Option(help="What the budget covers: adapter.")] = None,
     precision: Annotated[str | None, typer.Option(help="mixed, or fp16-only (no int8 state).")] = None,
     dual: Annotated[
-        str | None, typer.Option(help="Multiplier: clamp, plain, or none (a fixed soft penalty).")
+        str | None, typer.Option(help="Multiplier: pi, clamp, plain, or none (a fixed soft penalty).")
     ] = None,
     controller: Annotated[str | None, typer.Option(help="factorised or unfactorised.")] = None,
     profile: o.ProfileOption = "quickstart",

@@ -17,6 +17,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import plotnine
+from matplotlib.ticker import MaxNLocator
 
 from hestctl.compare import frames
 from hestctl.compare.results import Comparison, Row
@@ -185,12 +186,17 @@ class _Painter:
             limit = pd.DataFrame({"panel": pd.Categorical(energy, panels), "one": [1.0]})
             line = p9.aes(yintercept="one")
             plot += p9.geom_hline(line, data=limit, linetype="dashed", color=self.ink.muted)
-        plot += p9.geom_line(p9.aes(group="panel"), data=lines, color=self.marks[row.label].colour, size=0.6)
+        colour = self.marks[row.label].colour
+        if len(lines) > len(panels):
+            plot += p9.geom_line(p9.aes(group="panel"), data=lines, color=colour, size=0.6)
+        if len(lines) <= 12 * len(panels):
+            plot += p9.geom_point(data=lines, color=colour, size=1)
         plot += p9.geom_point(data=points, shape="D", size=1.8, fill=self.ink.paper, color=self.ink.text)
         says = ["line: training"] if len(lines) else []
         says += ["diamonds: validation"] if len(points) else []
         says += ["expected joules are predicted; dashed: E_max"] if energy else []
         plot += p9.facet_wrap("panel", ncol=1, scales="free_y")
+        plot += p9.scale_x_continuous(breaks=_whole, labels=_thousands)
         plot += p9.labs(x="optimiser step", y="")
         plot += self._look(f"Training of {row.label}", "; ".join(says))
         return _Figure(plot, 1.4 + 1.25 * len(panels))
@@ -222,16 +228,19 @@ class _Painter:
         frame["run"] = self._ordered(frame["run"])
         scopes = frame["scope"].nunique()
         crowded = len(frame) > _MANY * frame["run"].nunique()
+        factor, unit = _prefix(float(frame["joules"].max()))
+        frame["joules"] *= factor
         plot = p9.ggplot(frame, p9.aes("tokens", "joules", color="run", shape="run", fill="run"))
         plot += p9.geom_point(size=1.3, alpha=0.35 if crowded else 0.85, stroke=0.2)
         if not limits.empty:
             limits["run"] = self._ordered(limits["run"])
+            limits["joules"] *= factor
             plot += p9.geom_line(p9.aes(linetype="run"), data=limits, size=0.9, show_legend=False)
         if scopes > 1:
             plot += p9.facet_wrap("scope", ncol=1, scales="free_y")
         lines = "lines: E_max of the run" if not limits.empty else "no run has an E_max"
         plot += p9.scale_x_continuous(labels=_thousands)
-        plot += p9.labs(x="prompt and new tokens", y="scope joules per sample, predicted")
+        plot += p9.labs(x="prompt and new tokens", y=f"scope {unit} per sample, predicted")
         plot += self._scales(lines=not limits.empty)
         plot += self._look("Scope joules by length", f"predicted from the energy table; {lines}")
         legend, legend_in = self._legend(frame)
@@ -382,3 +391,17 @@ class _Painter:
 
 def _thousands(ticks: Sequence[float]) -> list[str]:
     return [f"{tick:,.0f}" for tick in ticks]
+
+
+def _whole(limits: tuple[float, float]) -> list[float]:
+    low, high = limits
+    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [float(tick) for tick in ticks if low <= tick <= high and float(tick).is_integer()]
+
+
+def _prefix(largest_j: float) -> tuple[float, str]:
+    """A unit in which the largest value reads without a row of zeros."""
+    for factor, unit in ((1.0, "joules"), (1e3, "mJ"), (1e6, "µJ")):
+        if largest_j * factor >= 0.1:
+            return factor, unit
+    return 1e9, "nJ"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import duckdb
 import pandas as pd
 
 from hestctl.compare.results import PRIMARY, Comparison, Row
+from hestctl.compare.statistics import Measure
 from hestctl.compare.text import number
 from hestctl.records import STATES
 
@@ -18,7 +21,7 @@ def energy(comparison: Comparison) -> pd.DataFrame:
     """``run, joules, low, high, text``: mean joules per sample with 95 % intervals."""
     measures = [(row.label, row.measure(PRIMARY)) for row in comparison.rows]
     known = [
-        (label, one.value, one.low or one.value, one.high or one.value, number(one.value))
+        (label, one.value, *_edges(one), number(one.value))
         for label, one in measures
         if one.value is not None
     ]
@@ -32,13 +35,11 @@ def quality_energy(comparison: Comparison) -> pd.DataFrame:
     rows: list[list[object]] = []
     reason = "no values"
     for row in comparison.rows:
-        joules, score = row.measure(PRIMARY), row.measure(comparison.quality_metric)
-        if joules.value is None or score.value is None:
-            reason = joules.reason or score.reason or reason
+        spent, score = row.measure(PRIMARY), row.measure(comparison.quality_metric)
+        if spent.value is None or score.value is None:
+            reason = spent.reason or score.reason or reason
             continue
-        x = [joules.value, joules.low or joules.value, joules.high or joules.value]
-        y = [score.value, score.low or score.value, score.high or score.value]
-        rows.append([row.label, *x, *y])
+        rows.append([row.label, spent.value, *_edges(spent), score.value, *_edges(score)])
     if not rows:
         raise NoDataError(reason)
     return pd.DataFrame(rows, columns=["run", "x", "x_low", "x_high", "y", "y_low", "y_high"])
@@ -170,6 +171,15 @@ def confusion(connection: duckdb.DuckDBPyConnection, row: Row) -> pd.DataFrame:
     frame["truth"] = pd.Categorical(frame["truth"], truths[::-1])
     frame["answer"] = pd.Categorical(frame["answer"], classes)
     return frame
+
+
+def _edges(measure: Measure) -> tuple[float, float]:
+    """The interval as drawn: neither joules nor scores go below zero; without one, the value itself."""
+    value = measure.value or 0.0
+    low, high = measure.low, measure.high
+    if low is None or high is None or not math.isfinite(low) or not math.isfinite(high):
+        return value, value
+    return max(0.0, low), high
 
 
 def _of_samples(

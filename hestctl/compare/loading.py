@@ -20,7 +20,7 @@ _BUDGETED: Final = ("hest", "tabs", "bhsp")
 _ROLES: Final[Sequence[Role]] = ("proposed", "ablation", "baseline", "control", "base")
 _JSON_FIELDS: Final = ("settings", "versions", "summary")
 
-_METERED: Final = ("energy_j", "energy_net_j", "prefill_j", "decode_j")
+_METERED: Final = ("energy_j", "energy_net_j", "energy_error_j", "prefill_j", "decode_j")
 _PLAIN: Final = (
     "prompt_tokens", "new_tokens", "batch_size", "latency_s", "scope_energy_j", "emax_j",
     "rouge1", "rouge2", "rouge_l", "rouge_lsum", "nll", "answer_tokens",

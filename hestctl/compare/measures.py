@@ -62,6 +62,9 @@ def _energies(member: Loaded) -> dict[str, Measure]:
     measures = {
         PRIMARY: _mean(joules, samples, reason),
         "energy_net_j_per_sample": _mean(samples["energy_net_j"], samples, reason),
+        "energy_error_j_per_sample": _mean(
+            samples["energy_error_j"], samples, "the meter gave no error bound"
+        ),
         "prefill_j_per_sample": _mean(samples["prefill_j"], samples, "prefill was not told apart"),
         "decode_j_per_sample": _mean(samples["decode_j"], samples, "decode was not told apart"),
         "new_tokens_per_sample": _mean(samples["new_tokens"], samples, "not recorded"),

@@ -39,6 +39,7 @@ class Metric:
 METRICS: Mapping[str, Metric] = {
     PRIMARY: Metric("joules per sample", "J", "meter"),
     "energy_net_j_per_sample": Metric("joules per sample, net of idle", "J", "meter"),
+    "energy_error_j_per_sample": Metric("error bound of one sample's joules, mean", "J", "meter"),
     "prefill_j_per_sample": Metric("prefill joules per sample, apportioned", "J", "meter"),
     "decode_j_per_sample": Metric("decode joules per sample, apportioned", "J", "meter"),
     "energy_j_per_new_token": Metric("joules per new token", "J", "meter"),

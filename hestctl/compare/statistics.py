@@ -28,6 +28,8 @@ LEVEL = 0.95
 RESAMPLES = 4000
 SMALL = 8
 """Below this many clusters the bootstrap is too narrow; a jackknife t interval is used instead."""
+FEWEST = 3
+"""With two clusters a t interval is twenty times as wide as their distance: no interval is given."""
 TAIL_MINIMUM = 100
 """Fewest samples for a 99th percentile: below, it is the maximum under another name."""
 REPEATABILITY = 0.02
@@ -85,8 +87,10 @@ def of_sums(
     units = len(totals)
     if not math.isfinite(value):
         return absent("the divisor is zero", size)
-    if units < 2:
-        return Measure(value, n=size, reason="one sample or batch alone has no interval")
+    if units < FEWEST:
+        return Measure(
+            value, n=size, reason=f"an interval needs at least {FEWEST} independent samples or batches"
+        )
     if units < SMALL:
         low, high = _jackknife(totals, statistic, value)
     else:

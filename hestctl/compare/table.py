@@ -96,7 +96,7 @@ def _candidates(
     wanted = [
         (run, store)
         for run, store in every
-        if (methods is None or run.method in methods) and (dataset is None or run.dataset == dataset)
+        if (not methods or run.method in methods) and (dataset is None or run.dataset == dataset)
     ]
     if not wanted:
         held = sorted({f"{run.method} on {run.dataset}" for run, _ in every})

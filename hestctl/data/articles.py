@@ -37,8 +37,9 @@ def load_splits(settings: DataSettings, *, seed: int) -> Splits:
 
     Where train and test are given without validation, the same hash takes 1 in 10 out of train for it.
     Files with the columns ``text`` and ``label`` in place of an article and its summary are classified.
-    ``train_samples`` and its like take the first N of a split, and all of it where it has fewer. Rows of
-    labelled data are put into the order of a hash of their ids first: IMDb's own are sorted by label.
+    ``train_samples`` and its like take the first N of a split, and all of it where it has fewer; articles
+    behind them are neither read nor checked. Rows of labelled data are put into the order of a hash of
+    their ids first: IMDb's own are sorted by label.
 
     Raises HestError, naming the file, line and column, for anything in the data that cannot be used.
     """

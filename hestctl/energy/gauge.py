@@ -213,7 +213,6 @@ class SteppedGauge:
         except CounterError as error:
             with self._lock:
                 self._log.lose(error.reason)
-                self._resolve(final=True)
             return
         end_s = self._clock()
         with self._lock:

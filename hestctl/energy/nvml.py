@@ -63,7 +63,11 @@ class NvmlCounter:
         else:
             handle = nvml.nvmlDeviceGetHandleByUUID(_nvml_uuid(device))
         self.device_uuid = _text(nvml.nvmlDeviceGetUUID(handle))
-        if self._quietly(lambda: nvml.nvmlDeviceGetMigMode(handle)[0]) == nvml.NVML_DEVICE_MIG_ENABLE:
+        try:
+            mig = nvml.nvmlDeviceGetMigMode(handle)[0]
+        except (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound):
+            mig = nvml.NVML_DEVICE_MIG_DISABLE
+        if mig != nvml.NVML_DEVICE_MIG_DISABLE:
             raise CounterError("MIG is enabled: the energy counter tells of the whole GPU, not of a slice")
         zeus: Any = importlib.import_module("zeus.device.gpu.nvidia")
         self._gpu = zeus.NVIDIAGPU(nvml.nvmlDeviceGetIndex(handle))

@@ -15,6 +15,7 @@ _STUCK_STEPS = 5
 _GAP_STEPS = 10
 _KEPT_TICKS = 8
 _UNLIMITED_W = 1e9
+_MEANS_MARGIN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +71,21 @@ def power_range(
 ) -> tuple[float, float]:
     """Least and greatest power (W) to be expected within a segment, from its neighbours' means.
 
-    A change from one level to another lies between them. A mean above both neighbours is a burst of
-    unknown height, one below both a pause of unknown depth. An unknown neighbour excludes nothing.
+    A change from one level to another lies between them, give or take how well their means are known. A mean
+    above both neighbours is a burst of unknown height, one below both a pause of unknown depth. An unknown
+    neighbour excludes nothing. So every power that keeps its level for two steps is covered, and one that
+    alternates faster than the steps is not.
     """
     ceiling = _UNLIMITED_W if max_w is None else max(max_w, within_w)
     if before_w is None or after_w is None:
         return 0.0, ceiling
     low, high = min(before_w, after_w), max(before_w, after_w)
-    return (0.0 if within_w < low else low), (ceiling if within_w > high else high)
+    # The means are no better than the stamps of their steps, so a change may be larger than it looks.
+    margin = _MEANS_MARGIN * (max(high, within_w) - min(low, within_w))
+    return (
+        0.0 if within_w < low else max(0.0, low - margin),
+        ceiling if within_w > high else min(ceiling, high + margin),
+    )
 
 
 def interpolate(ticks: list[Tick], t_s: float, max_w: float | None, *, final: bool = False) -> Point | None:
@@ -134,14 +142,14 @@ class TickLog:
 
     ``step_s`` is the counter's nominal step and ``poll_s`` the time between readings, in seconds; ``max_w``
     the greatest plausible power in watts. A value is stuck when readings show no step for more than five
-    steps, time is a gap when nothing was read for more than ten.
+    steps (ten polls at least), time is a gap when nothing was read for more than ten (200 polls at least).
     """
 
     def __init__(self, step_s: float, *, poll_s: float, max_w: float | None) -> None:
         self.step_s = step_s
         self.max_w = max_w
         self.stuck_after_s = max(_STUCK_STEPS * step_s, 10 * poll_s)
-        self.gap_after_s = max(_GAP_STEPS * step_s, 20 * poll_s)
+        self.gap_after_s = max(_GAP_STEPS * step_s, 200 * poll_s)
         self.ticks: list[Tick] = []
         self.lost: str | None = None
         self._last: _Reading | None = None
@@ -210,8 +218,8 @@ class TickLog:
         return None
 
     def at(self, t_s: float, *, final: bool = False) -> Point | None:
-        """The counter at ``t_s``, as ``interpolate``; a lost counter counts as final."""
-        return interpolate(self.ticks, t_s, self.max_w, final=final or self.lost is not None)
+        """The counter at ``t_s``, as ``interpolate`` tells it."""
+        return interpolate(self.ticks, t_s, self.max_w, final=final)
 
     def prune(self, before_s: float) -> None:
         """Forgets ticks that no instant from ``before_s`` on can need; the last few always stay."""

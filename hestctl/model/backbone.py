@@ -48,7 +48,7 @@ _HUB_TEXTS = (
     *(_INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer*", "vocab.*", "merges.txt", "chat_template*"),
 )
-_HUB_TIMEOUT_S = 4.0
+_HUB_TIMEOUT_S = 3.0
 _HUB_PAUSES_S = (1.0, 2.0)
 _HUB_PASSING = (429, 500, 502, 503, 504)
 
@@ -186,19 +186,25 @@ def _shape(settings: BackboneSettings, say: Say) -> PreTrainedConfig:
         if settings.weights == "pretrained" and name != _ALIAS:
             raise _no_weights(name)
         return random_weights.named_config(name)
-    folder = path if path.is_dir() else _fetch(_hub_id(name), settings.revision, say, weights=False)
+    folder = path if name and path.is_dir() else _fetch(_hub_id(name), settings.revision, say, weights=False)
     return random_weights.read_config(folder, name)
 
 
 def _find(settings: BackboneSettings, say: Say) -> _Source:
     name, path = settings.name, Path(settings.name).expanduser()
+    if settings.revision is not None and (name == _ALIAS_GGUF or path.exists()):
+        raise HestError(
+            f"backbone.revision is {settings.revision!r}, and {name} is not a hub model",
+            "unset backbone.revision",
+            Exit.USAGE,
+        )
     if name in (_ALIAS, _ALIAS_GGUF):
         return _find_alias(settings, say)
     if name in random_weights.ARCHITECTURES:
         raise _no_weights(name)
     if _is_gguf(path):
         return _dequantised(smollm2.converted_folder(say, path))
-    if path.is_dir():
+    if name and path.is_dir():
         return _Source(path, name)
     return _Source(_fetch(_hub_id(name), settings.revision, say), name)
 

@@ -164,7 +164,7 @@ class StaticGate(_TwoStateGate):
 
     def __init__(self, layers: int, rank: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((layers, rank), 0.5))
+        self.level = nn.Parameter(torch.full((layers, rank), 0.5))
 
     def score(self, x_BTD: Tensor, layer: int) -> Tensor:
-        return self.weight[layer].expand(*x_BTD.shape[:2], -1)
+        return self.level[layer].expand(*x_BTD.shape[:2], -1)

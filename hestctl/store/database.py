@@ -67,6 +67,8 @@ def create(db: Path, fill: Callable[[DuckDBPyConnection], _T]) -> _T:
         with opened(aside, 0.0) as con:
             migrate(con, 0)
             result = fill(con)
+        # The log of an earlier file would be replayed into the new one.
+        log_of(db).unlink(missing_ok=True)
         aside.replace(db)
         sync_folder(db.parent)
     except OSError as error:

@@ -208,6 +208,9 @@ class RunFolder:
             raise self._damage("manifest.json", "it is incomplete")
         return manifest
 
+    def has_record(self) -> bool:
+        return self._file("run.json").exists()
+
     def has_manifest(self) -> bool:
         return self._file("manifest.json").exists()
 

@@ -127,8 +127,6 @@ class Store:
                 message = f"there are no runs in {self.root} to rebuild {self.db} from"
                 raise HestError(message, exit_code=Exit.STORE)
             backup = database.keep_copy(self.db, "before-rebuild") if self.db.exists() else None
-            # The old log would be replayed into the new file.
-            database.log_of(self.db).unlink(missing_ok=True)
             database.create(self.db, fill)
         return Rebuilt(len(ids) - len(skipped), lost, skipped, backup)
 
@@ -213,7 +211,7 @@ class Store:
 
     def _recover(self, run_id: str) -> Recovered:
         folder = self.folder(run_id)
-        if not folder.path.exists():
+        if not folder.has_record():
             return self._recover_without_folder(run_id)
         run = folder.read_run()
         if run.status == "started":

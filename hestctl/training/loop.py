@@ -134,7 +134,7 @@ class Trainer:
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 tensors[f"adam.{name}.{key}"] = value.detach().to("cpu", copy=True)
         return tensors, {
-            "multiplier": self.multiplier.value if self.multiplier else None,
+            "multiplier": [self.multiplier.value, self.multiplier.excess] if self.multiplier else None,
             "scaler": self._scaler.state_dict(),
         }
 
@@ -151,7 +151,7 @@ class Trainer:
                     device = "cpu" if key.endswith(".step") else parameter.device
                     self._optimizer.state[parameter][key.removeprefix(prefix)] = value.to(device)
         if self.multiplier is not None:
-            self.multiplier.value = state["multiplier"]
+            self.multiplier.value, self.multiplier.excess = state["multiplier"]
         self._scaler.load_state_dict(state["scaler"])
 
     @property
@@ -164,6 +164,7 @@ class Trainer:
         groups: dict[str, dict[str, Any]] = {
             "weights": {"lr": s.learning_rate, "weight_decay": s.weight_decay},
             "scale": {"lr": s.scale_learning_rate or s.learning_rate, "weight_decay": 0.0},
+            "projection": {"lr": s.gate_learning_rate * 16 / self.backbone.hidden_size, "weight_decay": 0.0},
             "controller": {"lr": s.gate_learning_rate, "weight_decay": 0.0},
             "thresholds": {"lr": s.threshold_learning_rate, "weight_decay": 0.0},
         }
@@ -226,7 +227,7 @@ class Trainer:
                 totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / len(rows)
                 shares.append(gates.shares())
                 if self.budget is not None and self.multiplier is not None:
-                    loss = task + self.multiplier.value * expected / self.budget.emax_j
+                    loss = task + self.multiplier.weight * expected / self.budget.emax_j
             self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if shares:
             off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
@@ -277,7 +278,7 @@ class Trainer:
         ratio = None if self.budget is None else totals.decided_j / self.budget.emax_j
         penalty = 0.0
         if self.budget is not None and self.multiplier is not None:
-            penalty = self.multiplier.value * (totals.expected_j / self.budget.emax_j - 1)
+            penalty = self.multiplier.weight * (totals.expected_j / self.budget.emax_j - 1)
         off, int8, full = totals.shares or (None, None, None)
         tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         return StepMetric(
@@ -290,7 +291,7 @@ class Trainer:
             grad_norm=norm,
             energy_j=totals.decided_j if totals.shares else None,
             energy_ratio=ratio,
-            multiplier=self.multiplier.value if self.multiplier else None,
+            multiplier=self.multiplier.weight if self.multiplier else None,
             share_off=off,
             share_int8=int8,
             share_full=full,
@@ -302,6 +303,8 @@ def _group(name: str) -> str:
     """The parameter group of a tensor: each has its own learning rate."""
     if name in ("gate.threshold", "gate.gap", "gate.log_beta"):
         return "thresholds"
+    if name in ("gate.controller.token", "gate.weight"):
+        return "projection"
     if name.startswith("gate."):
         return "controller"
     return "scale" if name == "scale" else "weights"

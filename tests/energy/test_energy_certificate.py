@@ -81,6 +81,20 @@ def test_what_a_failing_counter_cannot_tell_is_missing_with_the_reason(
         assert name in known or says in found.missing[name]
 
 
+def test_polling_ends_with_the_certificate_or_with_a_load_that_fails() -> None:
+    def broken(seconds: float) -> None:
+        clock.advance(seconds / 2)
+        raise RuntimeError("out of memory")
+
+    clock = FakeClock()
+    fake = FakeCounter(120.0, clock)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        certify(fake, clock=clock, pace=clock, load=broken)
+    reads = fake.reads
+    clock.advance(1)
+    assert fake.reads == reads
+
+
 def test_too_short_a_look_is_not_a_certificate() -> None:
     clock = FakeClock()
     found = certify(FakeCounter(120.0, clock), clock=clock, pace=clock, seconds=0.5)

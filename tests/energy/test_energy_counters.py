@@ -143,6 +143,7 @@ class TestNvml:
             ({"energy_mj": [0, 0]}, "reads 0"),
             ({"energy_mj": [NOT_SUPPORTED] * 2}, "Not Supported"),
             ({"zeus_shift": 1}, "another GPU"),
+            ({"mig": NO_PERMISSION}, "Insufficient Permissions"),
         ],
     )
     def test_a_counter_that_is_not_there_is_refused(

@@ -53,12 +53,12 @@ def test_interpolation_beats_naive_reading_on_samples_of_a_generation() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_true_joules_lie_within_the_bound(data: st.DataObject) -> None:
-    """For any levels of power that last at least a step and a half, wherever the edges fall."""
+    """For any levels of power that last two steps or longer, wherever the edges fall."""
     rng = random.Random(data.draw(st.integers(0, 10**6)))
     pieces, at_s = [], -1.0
     while at_s < 7:
         pieces.append((at_s, rng.choice([rng.uniform(60, 700), 120.0, 450.0, 700.0])))
-        at_s += rng.uniform(0.15, 0.8)
+        at_s += rng.uniform(0.2, 0.8)
     log, fake, _ = watched(pieces, 6, jitter_s=data.draw(st.floats(0, 0.005)), seed=rng.randrange(1000))
     for _ in range(20):
         begin_s = 1001 + rng.uniform(0, 3)
@@ -75,7 +75,7 @@ def test_bound_is_wide_where_power_changes_and_narrow_where_it_does_not() -> Non
     for name, around_s in {"steady": 1002.0, "change": 1003.0}.items():
         points = [log.at(around_s + index / 100) for index in range(10)]
         errors[name] = max(point.error_j for point in points if point is not None)
-    assert errors["steady"] < 2.0
+    assert errors["steady"] < 3.0
     assert errors["change"] > 5 * errors["steady"]
 
 
@@ -98,11 +98,13 @@ def test_envelope_holds_every_two_level_split(low_w: float, high_w: float) -> No
 
 
 def test_power_range_of_bursts_pauses_and_unknown_neighbours() -> None:
-    assert power_range(100, 200, 300, 700) == (100, 300)
-    assert power_range(100, 200, 100, 700) == (100, 700), "a burst of unknown height"
-    assert power_range(300, 200, 300, 700) == (0, 300), "a pause of unknown depth"
+    assert power_range(100, 200, 300, 700) == (60, 340), "a change, and a fifth of it"
+    assert power_range(10, 200, 690, 700) == (0, 700)
+    assert power_range(200, 200, 200, 700) == (200, 200)
+    assert power_range(100, 200, 100, 700) == (80, 700), "a burst of unknown height"
+    assert power_range(300, 200, 300, 700) == (0, 320), "a pause of unknown depth"
     assert power_range(None, 200, 300, 700) == (0, 700)
-    assert power_range(100, 900, 100, 700) == (100, 900)
+    assert power_range(100, 900, 100, 700) == (0, 900)
 
 
 def test_instants_without_steps_around_them_wait() -> None:

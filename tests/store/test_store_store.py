@@ -128,6 +128,11 @@ def test_a_rebuild_does_not_replay_the_old_log(store: Store) -> None:
     store.db.with_name("runs.duckdb.wal").write_bytes(b"\x01" * 500)
     store.rebuild()
     assert contents(store) == expected
+    store.db.unlink()
+    store.db.with_name("runs.duckdb.wal").write_bytes(b"\x01" * 500)
+    with recording(store, a_run("train-2")):
+        pass
+    assert [run.run_id for run in list_runs(store)] == ["train-2"]
 
 
 def test_a_rebuild_without_folders_keeps_the_index(store: Store) -> None:
@@ -299,8 +304,11 @@ def test_runs_of_another_host_are_left_alone(store: Store, monkeypatch: pytest.M
     assert store.recover_orphans() == []
 
 
-def test_a_started_row_without_a_folder_is_closed(store: Store) -> None:
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_started_row_without_a_folder_is_closed(store: Store, emptied: bool) -> None:
     store.started(a_run())
+    if emptied:
+        store.folder("train-1").path.mkdir(parents=True)
     (recovered,) = store.recover_orphans()
     assert (recovered.run_id, recovered.status) == ("train-1", "interrupted")
     assert get_run(store, "train-1").error == "its folder is missing"

@@ -1,0 +1,176 @@
+"""Intervals and verdicts against truths that are known because they were planted."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hestctl.compare import statistics as s
+from hestctl.compare.statistics import Measure
+
+
+def coverage(draw, truth: float, repeats: int = 150) -> float:
+    found = [draw(np.random.default_rng(seed)) for seed in range(repeats)]
+    return sum(one.low <= truth <= one.high for one in found) / repeats
+
+
+@pytest.mark.parametrize("size", [5, 16, 80])
+def test_the_mean_interval_covers_the_truth(size: int) -> None:
+    assert 0.90 <= coverage(lambda rng: s.mean(rng.normal(20, 5, size)), 20) <= 0.995
+
+
+@pytest.mark.parametrize("batches", [4, 30])
+def test_the_interval_of_joules_covers_the_truth_when_a_batch_shares_its_noise(batches: int) -> None:
+    clusters = np.repeat(np.arange(batches), 4)
+
+    def draw(rng: np.random.Generator) -> Measure:
+        article = rng.lognormal(3, 0.2, batches * 4)
+        mine = 0.7 * article * rng.normal(1, 0.1, batches)[clusters]
+        theirs = article * rng.normal(1, 0.1, batches)[clusters]
+        return s.ratio_of_means(mine, theirs, clusters)
+
+    assert 0.88 <= coverage(draw, 0.7) <= 0.995
+
+
+def test_resampling_by_sample_would_be_too_sure_where_a_batch_shares_its_noise() -> None:
+    rng = np.random.default_rng(1)
+    clusters = np.repeat(np.arange(10), 8)
+    joules = 50 * rng.normal(1, 0.1, 10)[clusters]
+    by_batch, by_sample = s.mean(joules, clusters), s.mean(joules)
+    assert by_batch.high - by_batch.low > 2 * (by_sample.high - by_sample.low)
+
+
+def test_pairing_removes_what_the_articles_share() -> None:
+    rng = np.random.default_rng(2)
+    article = rng.normal(30, 9, 200)
+    difference = s.mean_difference(article + rng.normal(1, 1, 200), article + rng.normal(0, 1, 200))
+    assert difference.low is not None
+    assert difference.low > 0.5
+    assert difference.high is not None
+    assert difference.high < 1.5
+
+
+def test_the_same_rows_give_the_same_interval() -> None:
+    values = np.random.default_rng(3).normal(10, 2, 50)
+    assert s.mean(values) == s.mean(values)
+
+
+def test_too_few_units_give_the_value_without_an_interval() -> None:
+    two_batches = s.mean(np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))
+    assert two_batches.value == 2.5
+    assert two_batches.low is None
+    assert two_batches.reason is not None
+    assert s.mean(np.array([])).value is None
+    assert s.ratio_of_means(np.ones(4), np.zeros(4)).value is None
+
+
+def test_p99_needs_a_hundred_samples_and_says_so() -> None:
+    few = s.percentile(np.arange(99.0), 99, minimum=s.TAIL_MINIMUM)
+    assert few.value is None
+    assert few.reason == "99 samples: a p99 needs at least 100"
+    assert s.percentile(np.arange(100.0), 99, minimum=s.TAIL_MINIMUM).value is not None
+
+
+def test_the_p99_interval_is_open_until_the_data_reach_beyond_it() -> None:
+    assert s.percentile(np.arange(200.0), 99).high == math.inf
+    closed = s.percentile(np.arange(2000.0), 99)
+    assert closed.low < closed.value < closed.high < math.inf
+
+
+def test_the_p99_interval_covers_the_truth() -> None:
+    truth = 10 + 2 * 2.3263
+    assert coverage(lambda rng: s.percentile(rng.normal(10, 2, 800), 99), truth) >= 0.92
+
+
+def test_the_ratio_of_percentiles_finds_a_planted_ratio() -> None:
+    rng = np.random.default_rng(4)
+    clusters = np.repeat(np.arange(100), 2)
+    latency = rng.gamma(20, 0.1, 100)[clusters]
+    ratio = s.percentile_ratio(0.6 * latency, latency, 99, clusters)
+    assert ratio.value == pytest.approx(0.6)
+    assert ratio.low == pytest.approx(0.6)
+    assert s.percentile_ratio(latency[:50], latency[:50], 99, clusters[:50]).value is None
+
+
+def test_wilson_agrees_with_the_published_example() -> None:
+    # Newcombe 1998, Table I: 81 of 263.
+    share = s.wilson(81, 263)
+    assert (round(share.low, 4), round(share.high, 4)) == (0.2553, 0.3662)
+    assert s.wilson(0, 10).low == 0
+
+
+def test_chance_is_the_share_of_the_most_frequent_label() -> None:
+    assert s.chance_level(["a", "b", "b", "b"]) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (-0.5, 0.4, "not inferior"),
+        (0.2, 0.9, "not inferior"),
+        (-3.0, -1.2, "inferior"),
+        (-1.4, 0.3, "inconclusive"),
+        (None, None, "inconclusive"),
+    ],
+)
+def test_quality_verdicts(low: float | None, high: float | None, verdict: str) -> None:
+    assert s.quality_verdict(Measure(0.0, low, high, 100), 1.0) == verdict
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.60, 0.70, "less"),
+        (0.97, 0.99, "unclear"),  # within what two runs of one model differ by
+        (0.99, 1.01, "same"),
+        (0.90, 1.10, "unclear"),
+        (1.10, 1.20, "more"),
+        (None, None, "unclear"),
+    ],
+)
+def test_energy_verdicts(low: float | None, high: float | None, verdict: str) -> None:
+    assert s.energy_verdict(Measure(1.0, low, high, 100)) == verdict
+
+
+def test_the_least_detectable_difference_has_the_power_it_claims() -> None:
+    rng = np.random.default_rng(5)
+    size, sd = 400, 9.0
+    least = s.least_detectable_difference(rng.normal(0, sd, size))
+    assert least == pytest.approx(2.486 * sd / math.sqrt(size), rel=0.1)
+    found = 0
+    for _ in range(400):
+        sample = rng.normal(least, sd, size)
+        found += sample.mean() / (sample.std(ddof=1) / math.sqrt(size)) > 1.649
+    assert 0.7 <= found / 400 <= 0.9
+    assert s.least_detectable_difference(np.array([1.0])) is None
+
+
+@given(
+    ratio=st.floats(0.05, 5.0, allow_nan=False),
+    tokens=st.floats(0.05, 5.0, allow_nan=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_two_parts_of_a_gap_add_up(ratio: float, tokens: float) -> None:
+    length, per_token = s.decompose(ratio, tokens)
+    assert length + per_token == pytest.approx(100 * (1 - ratio), abs=1e-6)
+    assert (length > 0) == (tokens < 1) or length == pytest.approx(0, abs=1e-9)
+
+
+def test_a_saving_by_shorter_answers_alone_is_all_length() -> None:
+    length, per_token = s.decompose(0.8, 0.8)
+    assert length == pytest.approx(20)
+    assert per_token == pytest.approx(0)
+
+
+def test_seeds_are_pooled_over_the_samples_all_of_them_hold() -> None:
+    ids, pooled = s.pool_seeds(
+        [["a", "b", "c"], ["c", "a"]],
+        [np.array([[1.0], [2.0], [3.0]]), np.array([[5.0], [math.nan]])],
+    )
+    assert ids == ["a", "c"]
+    assert math.isnan(pooled[0, 0])
+    assert pooled[1, 0] == 4.0
