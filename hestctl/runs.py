@@ -95,7 +95,12 @@ class Recorder:
         self.folder.write_run(self.run)
 
     def truncate_steps(self, after_step: int) -> int:
-        """Drop the steps after the checkpoint that a resumed run continues from; returns how many."""
+        """Drop what a resumed run does again: steps after its checkpoint, and all of its evaluation.
+
+        Returns how many steps that were.
+        """
+        for table in ("samples", "windows", "utilisation"):
+            self.folder.forget(table)
         return self.folder.truncate_steps(after_step)
 
     def check(self) -> None:

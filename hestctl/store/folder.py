@@ -172,6 +172,11 @@ class RunFolder:
             write_whole(self.lines_path("steps"), "".join(to_json(row) + "\n" for row in kept))
         return len(rows) - len(kept)
 
+    def forget(self, table: LineTable) -> None:
+        """Drop all lines of a table, as a resumed run makes them again."""
+        self.close()
+        self.lines_path(table).unlink(missing_ok=True)
+
     def read_run(self) -> Run:
         """The record, whatever a newer hestctl added to it left out."""
         values = self._read_json("run.json")

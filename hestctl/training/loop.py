@@ -97,6 +97,11 @@ class Trainer:
             torch.stack([deviations[layer] for layer in order]),
         )
 
+    @property
+    def epoch(self) -> float:
+        """Passes over the training split done so far."""
+        return self.step / self._per_epoch
+
     def steps(self) -> Iterator[StepMetric]:
         """Run the remaining optimiser steps, yielding each one's figures.
 
@@ -282,7 +287,7 @@ class Trainer:
         off, int8, full = totals.shares or (None, None, None)
         tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         return StepMetric(
-            step=self.step,
+            step=self.step + 1,
             split="train",
             epoch=(self.step + 1) / self._per_epoch,
             loss=totals.task + penalty,

@@ -145,6 +145,8 @@ class _Work:
         if trainer.step == 0:
             trainer.start()
             self._validate(trainer, best, 0.0, None)
+        elif best.judged_step < trainer.step and self._is_due(trainer):
+            self._validate(trainer, best, trainer.epoch, None)
         started, edge = time.monotonic(), self.meter.edge()
         base_j, base_s = spent
         live_j = self.meter.total_j()
@@ -161,9 +163,9 @@ class _Work:
                 if trainer.step % s.train.log_steps == 0 or trainer.step == trainer.total_steps:
                     self.recorder.step(metric)
                 self._show(trainer, metric)
-                if trainer.step % s.train.eval_steps == 0 or trainer.step == trainer.total_steps:
+                if self._is_due(trainer):
                     self._validate(trainer, best, metric.epoch, metric.energy_ratio)
-                if trainer.step % s.train.save_steps == 0:
+                if trainer.step % s.train.save_steps == 0 or trainer.step == trainer.total_steps:
                     self._save(trainer, best, so_far())
                 self.recorder.check()
                 if best.exhausted:
@@ -182,6 +184,10 @@ class _Work:
             self.progress.note(f"taking the best evaluation, step {best.step}")
             tuner.load(best.state)
 
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether this step ends with an evaluation."""
+        return trainer.step % self.settings.train.eval_steps == 0 or trainer.step == trainer.total_steps
+
     def _continue_from_checkpoint(self, trainer: Trainer, best: _Best) -> tuple[float | None, float]:
         """Restore the newest whole checkpoint, if any: joules and seconds spent before it."""
         found, warnings = latest_checkpoint(self._checkpoints)
@@ -189,10 +195,10 @@ class _Work:
             self.progress.note(warning)
         if found is None:
             self.recorder.truncate_steps(-1)
-            return 0.0, 0.0
+            return (None if self.meter.kind == "none" else 0.0), 0.0
         trainer.restore(found.step, found.tensors, found.state)
         best.restore(found.tensors, found.state)
-        self.recorder.truncate_steps(found.step - 1)
+        self.recorder.truncate_steps(found.step)
         self.progress.note(f"resumed at step {found.step} of {trainer.total_steps}")
         return found.state["train_energy_j"], found.state["train_time_s"]
 
@@ -301,6 +307,7 @@ class _Best:
         self.patience = patience
         self.state: dict[str, Tensor] | None = None
         self.step = 0
+        self.judged_step = -1
         self._score: float | None = None
         self._stale = 0
 
@@ -310,6 +317,7 @@ class _Best:
 
     def offer(self, trainer: Trainer, score: float, *, within: bool) -> None:
         """Lower is better; a step over its budget cannot be the best."""
+        self.judged_step = trainer.step
         if not within:
             return
         if self._score is None or score < self._score:
@@ -322,10 +330,16 @@ class _Best:
         return {f"best.{name}": tensor for name, tensor in (self.state or {}).items()}
 
     def as_state(self) -> dict[str, Any]:
-        return {"best_step": self.step, "best_score": self._score, "best_stale": self._stale}
+        return {
+            "best_step": self.step,
+            "best_score": self._score,
+            "best_stale": self._stale,
+            "judged_step": self.judged_step,
+        }
 
     def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         self.step, self._score, self._stale = state["best_step"], state["best_score"], state["best_stale"]
+        self.judged_step = state["judged_step"]
         kept = {k.removeprefix("best."): t for k, t in tensors.items() if k.startswith("best.")}
         self.state = kept or None
 

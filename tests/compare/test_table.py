@@ -19,7 +19,7 @@ from hestctl.errors import HestError
 from hestctl.records import Run, Window
 
 
-def store_of(*runs: tuple[Run, dict[str, Any]], count: int = 200) -> duckdb.DuckDBPyConnection:
+def store_of(*runs: tuple[Run, dict[str, Any]], count: int = 120) -> duckdb.DuckDBPyConnection:
     connection = empty_store()
     for run, settings in runs:
         add(connection, run, samples=generated(run, count, **settings))
@@ -53,11 +53,11 @@ def test_a_planted_saving_at_equal_quality_is_found() -> None:
 
 def test_the_same_model_twice_is_not_less_energy() -> None:
     verdicts = []
-    for seed in range(12):
+    for seed in range(8):
         tabs, hest = (a_run("tabs", 1), {"noise": 100 + seed}), (a_run("hest", 2), {"noise": 200 + seed})
         verdicts.append(pair_of(compare(store_of(tabs, hest, count=100))).verdict)
     assert set(verdicts) <= {"no difference", "inconclusive"}
-    assert verdicts.count("no difference") >= 9
+    assert verdicts.count("no difference") >= 6
 
 
 def test_a_saving_that_costs_quality_is_no_gap() -> None:
@@ -427,7 +427,7 @@ def outcomes(comparison: Comparison) -> dict[str, tuple[str, str]]:
 
 
 def test_expectations_are_confirmed_refuted_or_not_measured_with_a_reason() -> None:
-    found = outcomes(compare(study(200)))
+    found = outcomes(compare(study(500)))
     assert found["ROUGE-L about 44.3 (the original's code computes ROUGE-Lsum)"][0] == "not measured"
     assert found["the same quality as TABS"][0] == "confirmed"
     assert found["at least 40 % less mean energy than TABS"][0] == "refuted"
@@ -531,7 +531,9 @@ def test_run_of_two_stores_counts_once() -> None:
     assert len(compare(connection).rows) == 1
 
 
-@pytest.mark.parametrize("module", ["table", "statistics", "report", "text", "results"])
-def test_only_the_figures_import_plotnine(module: str) -> None:
-    code = f"import sys, hestctl.compare.{module}; sys.exit(any(m in sys.modules for m in ('plotnine', 'pandas')))"
+def test_only_the_figures_import_plotnine() -> None:
+    code = (
+        "import sys, hestctl.compare.table, hestctl.compare.statistics, hestctl.compare.style; "
+        "sys.exit(any(name in sys.modules for name in ('plotnine', 'pandas', 'matplotlib')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

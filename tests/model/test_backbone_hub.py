@@ -98,7 +98,9 @@ def test_pickle_only_repository_is_refused_before_any_download(hub: Hub) -> None
 
 def test_too_full_a_volume_names_the_bytes(hub: Hub) -> None:
     hub.extra = ["model-00001-of-00001.safetensors"]
-    with pytest.raises(HestError, match=r"org/model needs 1,000,000,\d{3},\d{3} bytes in .*hub") as caught:
+    with pytest.raises(
+        HestError, match=r"org/model needs 1,000,000,000,\d{3},\d{3} bytes in .*hub"
+    ) as caught:
         load()
     assert "HF_HOME" in (caught.value.hint or "")
 
@@ -116,7 +118,7 @@ def test_busy_hub_is_asked_again(hub: Hub) -> None:
 
 def test_unreachable_hub_is_asked_once(hub: Hub) -> None:
     hub.trouble = [ConnectionError("no route to host")]
-    with pytest.raises(HestError, match="cannot reach the model hub.*no route to host") as caught:
+    with pytest.raises(HestError, match=r"cannot reach the model hub.*no route to host") as caught:
         load()
     assert hub.asked == 1
     for way in ("local folder", "smollm2-135m-gguf", "random"):
