@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from importlib import import_module
 from typing import Annotated
 
@@ -54,6 +55,10 @@ def main() -> None:
     """Run the command line; every expected error is one message and its documented exit code."""
     from hestctl.cli import out
 
+    if not os.environ.get("HESTCTL_DEBUG"):
+        # What libraries will change in their next version is for developers, not for users.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
     try:
         app(standalone_mode=True)
     except HestError as error:

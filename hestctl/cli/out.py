@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -21,10 +21,15 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-_stdout = Console(soft_wrap=True, highlight=False)
-_stderr = Console(stderr=True, soft_wrap=True, highlight=False)
+_PIPE_WIDTH = 120
+"""Columns of a table that goes to a file or a pipe, where there is no terminal to ask."""
 
 _PLAIN_EVERY_S = 10.0
+
+
+def _console(stream: TextIO) -> Console:
+    """A console on the stream as it is now; a pipe has no width to ask for."""
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else _PIPE_WIDTH)
 
 
 def document(value: Mapping[str, Any]) -> None:
@@ -34,23 +39,29 @@ def document(value: Mapping[str, Any]) -> None:
 
 def text(line: str = "") -> None:
     """A line of the result."""
-    _stdout.print(Text(line))
+    _console(sys.stdout).print(Text(line), soft_wrap=True)
 
 
 def note(line: str) -> None:
     """A line about the work, on stderr."""
-    _stderr.print(Text(line, style="dim"))
+    _console(sys.stderr).print(Text(line, style="dim"), soft_wrap=True)
 
 
 def problem(message: str, hint: str | None) -> None:
     """The one message an error makes: what and where, then what to type next."""
-    _stderr.print(Text.assemble(("error: ", "bold red"), message))
+    console = _console(sys.stderr)
+    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
     if hint:
-        _stderr.print(Text(f"  try: {hint}"))
+        console.print(Text(f"  try: {hint}"), soft_wrap=True)
 
 
 def table(
-    title: str, headers: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1, caption: str = ""
+    title: str,
+    headers: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    left: int = 1,
+    caption: str = "",
 ) -> None:
     """A table on stdout; the first ``left`` columns are names, the others numbers."""
     out = Table(title=title, title_justify="left", title_style="bold", caption=caption or None)
@@ -63,10 +74,16 @@ def table(
             no_wrap=name,
             overflow="fold",
             vertical="middle",
+            min_width=min(_longest_word(header, *(row[index] for row in rows)), 24),
         )
     for row in rows:
         out.add_row(*(Text(cell) for cell in row))
-    _stdout.print(out, soft_wrap=False)
+    _console(sys.stdout).print(out)
+
+
+def _longest_word(*cells: str) -> int:
+    """Columns that a column of these cells needs before a word has to break."""
+    return max((len(word) for cell in cells for word in cell.split()), default=1)
 
 
 class Reporter:
@@ -80,7 +97,7 @@ class Reporter:
 
     def note(self, line: str) -> None:
         if self._bars is not None:
-            self._bars.console.print(Text(line, style="dim"))
+            self._bars.console.print(Text(line, style="dim"), soft_wrap=True)
         else:
             note(line)
 
@@ -101,7 +118,8 @@ class Reporter:
 @contextmanager
 def reporting(quiet: bool = False) -> Iterator[Reporter]:
     """A reporter on stderr for the time of one command."""
-    if quiet or not _stderr.is_terminal:
+    console = _console(sys.stderr)
+    if quiet or not console.is_terminal:
         yield _Quiet(None) if quiet else Reporter(None)
         return
     columns = (
@@ -111,7 +129,7 @@ def reporting(quiet: bool = False) -> Iterator[Reporter]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=_stderr, transient=True) as bars:
+    with Progress(*columns, console=console, transient=True) as bars:
         yield Reporter(bars)
 
 

@@ -121,7 +121,7 @@ def _show(done: Profiled) -> None:
             str(p.batch_size),
             str(p.samples),
             number(p.latency_s, 2),
-            "not measured" if p.energy_j is None else f"{p.energy_j:.4g} +- {p.error_j or 0:.2g}",
+            _joules(p.energy_j, p.error_j),
             "-" if p.scope_energy_j is None else f"{p.scope_energy_j:.3g}",
             "-" if p.emax_j is None or p.scope_energy_j is None else f"{p.scope_energy_j / p.emax_j:.3f}",
         )
@@ -142,3 +142,10 @@ def _show(done: Profiled) -> None:
         left=0,
         caption=done.phases,
     )
+
+
+def _joules(joules: float | None, error: float | None) -> str:
+    """With the meter's error bound where it has one; an estimate has none that is known."""
+    if joules is None:
+        return "not measured"
+    return f"{joules:.4g} +- {error:.2g}" if error else f"{joules:.4g}"

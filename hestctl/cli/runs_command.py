@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hestctl.cli import options as o
+
+if TYPE_CHECKING:
+    from hestctl.records import Run
+    from hestctl.store.store import Store
 
 _runs = typer.Typer(no_args_is_help=True, help="What the store holds: list, show, rebuild, verify.")
 
@@ -27,10 +32,12 @@ def list_(
 ) -> None:
     """The runs of a store, the newest first."""
     from hestctl.cli import out
-    from hestctl.cli.figures_text import joules, number
     from hestctl.store.queries import list_runs
 
-    runs = list_runs(_store(db), command=command, method=method, limit=limit)
+    store = _store(db)
+    for found in store.recover_orphans() if store.db.exists() else []:
+        out.note(f"recovered {found.run_id}: {found.status}")
+    runs = list_runs(store, command=command, method=method, limit=limit)
     if json:
         out.document({"runs": [_document(run) for run in runs]})
         return
@@ -39,14 +46,18 @@ def list_(
             run.run_id,
             run.status,
             run.created_at[:16].replace("T", " "),
-            number(run.summary.get("rouge_lsum"), 1) if run.command in ("train", "trial") else "-",
-            joules(run.summary.get("energy_j_per_sample"), run.energy_kind or "none")
-            if run.command in ("train", "trial", "profile")
-            else "-",
+            _figure(run.summary.get("rouge_lsum"), 1),
+            _figure(run.summary.get("energy_j_per_sample"), 2),
+            run.energy_kind or "-",
         )
         for run in runs
     ]
-    out.table("runs", ("run", "status", "created (UTC)", "ROUGE-Lsum", "energy a sample"), rows, left=3)
+    headers = ("run", "status", "created (UTC)", "R-Lsum", "J a sample", "joules are")
+    out.table(f"runs in {store.db}", headers, rows)
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
 
 
 @_runs.command()
@@ -75,9 +86,13 @@ def rebuild(db: o.DbOption = None, json: o.JsonOption = False) -> None:
 
     done = _store(db).rebuild()
     if json:
-        out.document({"rebuilt": done.__dict__ if hasattr(done, "__dict__") else str(done)})
+        out.document({**asdict(done), "backup": None if done.backup is None else str(done.backup)})
         return
-    out.text(str(done))
+    out.text(f"indexed {done.runs} runs; {done.lost_lines} torn lines left out")
+    for name, why in done.skipped.items():
+        out.text(f"skipped {name}: {why}")
+    if done.backup is not None:
+        out.text(f"the index as it was: {done.backup}")
 
 
 @_runs.command()
@@ -90,20 +105,18 @@ def verify(db: o.DbOption = None) -> None:
     found = store.verify()
     if found:
         raise HestError(
-            "; ".join(str(mismatch) for mismatch in found),
+            "; ".join(f"{mismatch.run_id}: {mismatch.problem}" for mismatch in found),
             f"hestctl runs rebuild --db {store.db}",
             Exit.STORE,
         )
     out.text(f"{store.db} agrees with its run folders")
 
 
-def _document(run: object) -> dict[str, object]:
-    from dataclasses import asdict
-
-    return asdict(run)  # type: ignore[call-overload, no-any-return]
+def _document(run: Run) -> dict[str, object]:
+    return asdict(run)
 
 
-def _store(db: Path | None):  # type: ignore[no-untyped-def]
+def _store(db: Path | None) -> Store:
     from hestctl.store.store import Store
 
     return Store(o.resolve("quickstart", None, db=db).settings.db)

@@ -268,7 +268,7 @@ class _Painter:
 
     def confusion(self, row: Row) -> _Figure:
         """Counts of true against answered labels."""
-        frame = frames.confusion(self.connection, row)
+        frame = frames.confusion(self.connection, row, self.comparison.facts["split"])
         frame["over"] = np.where(frame["count"] > 0.55 * frame["count"].max(), "dark tile", "light tile")
         classes = frame["truth"].nunique()
         plot = (
@@ -278,7 +278,10 @@ class _Painter:
             + p9.scale_color_manual({"dark tile": self.ink.paper, "light tile": self.ink.text})
             + p9.scale_fill_gradient(self.ink.low, self.ink.high, limits=(0, None))
             + p9.labs(x="answered", y="true label")
-            + self._look(f"Labels, {row.label}", f"{row.samples} test samples, counts")
+            + self._look(
+                f"Labels, {row.label}",
+                f"{row.samples} samples of the {self.comparison.facts['split']} split, counts",
+            )
             + p9.theme(panel_grid=p9.element_blank(), legend_position="none")
         )
         return _Figure(plot, 1.6 + 0.36 * max(classes, 3))

@@ -101,8 +101,8 @@ def budget(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
         connection.execute(
             "SELECT (prompt_tokens + new_tokens)::DOUBLE AS tokens, scope_energy_j AS joules, "
             "emax_j::DOUBLE AS emax_j FROM samples "
-            "WHERE run_id = ? AND store = ? AND scope_energy_j IS NOT NULL",
-            [row.run_id, row.store],
+            "WHERE run_id = ? AND store = ? AND split = ? AND scope_energy_j IS NOT NULL",
+            [row.run_id, row.store, comparison.facts["split"]],
         )
         .df()
         .assign(run=row.label, scope=f"scope {row.scope}")
@@ -154,12 +154,12 @@ def length(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
     return pd.concat(held, ignore_index=True)
 
 
-def confusion(connection: duckdb.DuckDBPyConnection, row: Row) -> pd.DataFrame:
+def confusion(connection: duckdb.DuckDBPyConnection, row: Row, split: str) -> pd.DataFrame:
     """``truth, answer, count``: every pair of labels, zeros included."""
     pairs = connection.execute(
         "SELECT label AS truth, coalesce(predicted_label, 'no answer') AS answer, count(*) AS count "
-        "FROM samples WHERE run_id = ? AND store = ? AND label IS NOT NULL GROUP BY ALL",
-        [row.run_id, row.store],
+        "FROM samples WHERE run_id = ? AND store = ? AND split = ? AND label IS NOT NULL GROUP BY ALL",
+        [row.run_id, row.store, split],
     ).df()
     if pairs.empty:
         raise NoDataError("no sample has a label")

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
 from hestctl.compare.statistics import Measure
+from hestctl.records import EnergyKind
 
 _CSV_FIELDS: Final = (
     "run_id", "store", "label", "role", "method", "scope", "seed", "dtype", "created_at", "steps", "samples",
@@ -24,8 +25,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
             name: {row.run_id: _finite(row.measure(name).value) for row in comparison.rows}
             for name in METRICS
         },
-        "best_proposed": _best(comparison.best_proposed),
-        "best_baseline": _best(comparison.best_baseline),
+        "best_proposed": _best(comparison.best_proposed, comparison.energy_kind),
+        "best_baseline": _best(comparison.best_baseline, comparison.energy_kind),
         "gap": _finite(gap.percent.value),
         "gap_unit": "percent fewer joules per sample",
         "gap_interval_percent": _interval(gap.percent),
@@ -33,7 +34,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "gap_vs_controls": _finite(control_gap.percent.value),
         "gap_vs_controls_interval_percent": _interval(control_gap.percent),
         "gap_vs_controls_reason": control_gap.reason,
-        "best_control": _best(comparison.best_control),
+        "best_control": _best(comparison.best_control, comparison.energy_kind),
         "estimated_time_ratio": _measure(comparison.estimated_time_ratio),
         "energy_kind": comparison.energy_kind,
         "conclusion": comparison.conclusion,
@@ -43,7 +44,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "facts": {name.replace(" ", "_"): value for name, value in comparison.facts.items()},
         "units": {name: metric.unit for name, metric in METRICS.items()},
         "runs": {row.run_id: _row(row, comparison) for row in comparison.rows},
-        "pairs": [_pair(pair) for pair in comparison.pairs],
+        "pairs": [_pair(pair, comparison.energy_kind) for pair in comparison.pairs],
         "set_apart": [
             {"run_id": one.run_id, "label": one.label, "kind": one.kind, "reason": one.reason}
             for one in comparison.set_apart
@@ -57,7 +58,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def write_csv(comparison: Comparison, path: Path) -> Path:
     """One line a run, every measure with its interval; text that a spreadsheet would run is quoted."""
-    headers = [*_CSV_FIELDS, "energy_kind", "energy_method"]
+    headers = [*_CSV_FIELDS, "energy_kind", "energy_method", "scope_energy_kind"]
     for name in METRICS:
         headers += [name, f"{name}_low", f"{name}_high", f"{name}_not_measured"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +67,7 @@ def write_csv(comparison: Comparison, path: Path) -> Path:
         writer.writerow(headers)
         for row in comparison.rows:
             cells: list[object] = [getattr(row, name) for name in _CSV_FIELDS]
-            cells += [comparison.energy_kind, row.energy_method]
+            cells += [comparison.energy_kind, row.energy_method, "predicted"]
             for name in METRICS:
                 measure = row.measure(name)
                 reason = measure.reason if measure.value is None else None
@@ -99,7 +100,7 @@ def _row(row: Row, comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _pair(pair: Pair) -> dict[str, Any]:
+def _pair(pair: Pair, kind: EnergyKind) -> dict[str, Any]:
     return {
         "proposed": pair.proposed,
         "other": pair.other,
@@ -114,6 +115,7 @@ def _pair(pair: Pair) -> dict[str, Any]:
         "quality_metric": pair.quality_metric,
         "quality_difference_points": _measure(pair.quality_difference),
         "least_detectable_points": _finite(pair.least_detectable_points),
+        "energy_kind": kind,
         "energy_ratio": _measure(pair.ratio),
         "new_token_ratio": _measure(pair.token_ratio),
         "energy_per_new_token_ratio": _measure(pair.per_token_ratio),
@@ -130,12 +132,13 @@ def _pair(pair: Pair) -> dict[str, Any]:
     }
 
 
-def _best(best: Best | None) -> dict[str, Any]:
+def _best(best: Best | None, kind: EnergyKind) -> dict[str, Any]:
     if best is None:
-        return {"run_id": None, "value": None, "label": None, "run_ids": []}
+        return {"run_id": None, "value": None, "energy_kind": kind, "label": None, "run_ids": []}
     return {
         "run_id": best.run_id,
         "value": _finite(best.value),
+        "energy_kind": kind,
         "label": best.label,
         "run_ids": list(best.run_ids),
     }

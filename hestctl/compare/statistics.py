@@ -26,6 +26,7 @@ EnergyVerdict: TypeAlias = Literal["less", "more", "same", "unclear"]
 
 LEVEL = 0.95
 RESAMPLES = 4000
+"""Fewer, down to a quarter, where the samples are so many that it would take minutes."""
 SMALL = 8
 """Below this many clusters the bootstrap is too narrow; a jackknife t interval is used instead."""
 FEWEST = 3
@@ -268,11 +269,12 @@ def _resampled(units: int, resamples: int) -> NDArray[np.intp]:
 
 def _bootstrap_totals(totals: FloatArray, statistic: SumStatistic) -> FloatArray:
     units = len(totals)
+    resamples = max(RESAMPLES // 4, min(RESAMPLES, 10_000_000 // units))
     chunk = max(1, 4_000_000 // units)
     generator = np.random.default_rng(_SEED)
     draws = []
-    for start in range(0, RESAMPLES, chunk):
-        index = generator.integers(0, units, size=(min(chunk, RESAMPLES - start), units))
+    for start in range(0, resamples, chunk):
+        index = generator.integers(0, units, size=(min(chunk, resamples - start), units))
         sums = np.column_stack([column[index].sum(axis=1) for column in totals.T])
         draws.append(statistic(sums))
     drawn = np.concatenate(draws)

@@ -14,6 +14,7 @@ from hestctl.energy.protocol import Counter, CounterError
 from hestctl.energy.ticks import Point, TickLog
 
 _LOOK_EVERY_S = 1.0
+_PATIENCE_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
@@ -245,7 +246,7 @@ class SteppedGauge:
             self._unlooked.clear()
 
     def _wait(self, done: Callable[[], bool]) -> None:
-        """Until ``done``, or the counter is lost or stuck, or it is certain that polls have ceased."""
-        until_s = self._clock() + 2 * self._log.stuck_after_s
+        """Until ``done``, or the counter is lost or stuck, or polls have plainly ceased."""
+        until_s = self._clock() + max(_PATIENCE_S, 2 * self._log.stuck_after_s)
         while not done() and self._log.fault is None and self._clock() < until_s:
             self._pace.wait(self._poll_s)

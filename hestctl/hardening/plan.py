@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -124,7 +125,8 @@ class Plan:
                 f"this plan has version {document.get('version')}, not {PLAN_VERSION}",
                 "`hestctl harden` makes a new one",
             )
-        fields = dict(document)
+        known = {field.name for field in dataclasses.fields(cls)}
+        fields = {name: value for name, value in document.items() if name in known}
         energies = fields.pop("energies")
         return cls(
             **{

@@ -51,6 +51,12 @@ _HUB_TEXTS = (
 _HUB_TIMEOUT_S = 3.0
 _HUB_PAUSES_S = (1.0, 2.0)
 _HUB_PASSING = (429, 500, 502, 503, 504)
+# The client's own errors, a broken transfer, and a reply that is not the hub's.
+_NO_ANSWER: tuple[type[Exception], ...] = (
+    *(errors.HTTPError, OSError),  # type: ignore[attr-defined]
+    *(getattr(errors, "XetDownloadError", RuntimeError), RuntimeError),
+    *(ValueError, KeyError, TypeError),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,7 +245,7 @@ def _no_weights(name: str) -> HestError:
 
 
 def _hub_id(name: str) -> str:
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)", name):
         return name
     known = [_ALIAS_GGUF, *random_weights.ARCHITECTURES]
     near = difflib.get_close_matches(name, known, n=1)
@@ -251,8 +257,10 @@ def _hub_id(name: str) -> str:
 
 
 def _fetch(repo_id: str, revision: str | None, say: Say, *, weights: bool = True) -> Path:
-    """The folder of a hub model's files (config.json alone without ``weights``); the hub's own cache serves
-    when the hub does not answer. Raises HestError with what to do."""
+    """The folder of a hub model's files, or without ``weights`` of its config.json alone.
+
+    The copy in the hub's own cache serves when the hub does not answer. Raises HestError.
+    """
     wanted = [*_HUB_WEIGHTS, *_HUB_TEXTS] if weights else ["config.json"]
     try:
         listing = _listing(repo_id, revision, say)
@@ -274,7 +282,7 @@ def _fetch(repo_id: str, revision: str | None, say: Say, *, weights: bool = True
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         problem = f"the hub has no model {repo_id}" + (f" at revision {revision}" if revision else "")
         hint = "check the name; for a private model `hf auth login`"
-    except (errors.HTTPError, OSError, ValueError, KeyError, TypeError) as error:  # type: ignore[attr-defined]
+    except _NO_ANSWER as error:
         with contextlib.suppress(OSError, ValueError, HestError):
             kept = Path(
                 snapshot_download(repo_id, revision=revision, allow_patterns=wanted, local_files_only=True)

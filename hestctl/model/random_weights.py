@@ -219,7 +219,8 @@ def _draw(parameter: torch.Tensor, std: float, generator: torch.Generator) -> No
     flat = parameter.view(-1)
     for start in range(0, flat.numel(), _PIECE):
         piece = flat[start : start + _PIECE]
-        piece.copy_(torch.empty(piece.shape, device=piece.device).normal_(0.0, std, generator=generator))
+        drawn = torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
+        piece.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
 def byte_tokenizer(config: PreTrainedConfig) -> PreTrainedTokenizerFast:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Literal, Union
 
 import duckdb
@@ -27,14 +28,19 @@ def _sql_type(hint: Any) -> str:
     return {float: "DOUBLE", int: "BIGINT", bool: "BOOLEAN"}.get(hint, "VARCHAR")
 
 
+@functools.cache
+def _types(record: type) -> dict[str, str]:
+    hints = typing.get_type_hints(record)
+    return {field.name: _sql_type(hints[field.name]) for field in fields(record)}
+
+
 def empty_store() -> duckdb.DuckDBPyConnection:
     """A connection with the views' columns and no rows."""
     connection = duckdb.connect()
     for table, record in {"runs": Run, **_CHILDREN}.items():
-        hints = typing.get_type_hints(record)
-        columns = [f'"{field.name}" {_sql_type(hints[field.name])}' for field in fields(record)]
-        extra = ["store VARCHAR"] if table == "runs" else ["run_id VARCHAR", "store VARCHAR"]
-        connection.execute(f"CREATE TABLE {table} ({', '.join(columns + extra)})")
+        columns = {**_types(record), "run_id": "VARCHAR", "store": "VARCHAR"}
+        listed = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
+        connection.execute(f"CREATE TABLE {table} ({listed})")
     return connection
 
 
@@ -42,24 +48,29 @@ def add(
     connection: duckdb.DuckDBPyConnection, run: Run, store: str = "runs.duckdb", **children: Sequence[Any]
 ) -> None:
     """Insert a run and its steps, samples, windows and utilisation."""
-    values = {
-        name: json.dumps(value) if isinstance(value, Mapping) else value
-        for name, value in asdict(run).items()
-    }
-    _insert(connection, "runs", [{**values, "store": store}])
+    values = _values(run)
+    values |= {name: json.dumps(value) for name, value in values.items() if isinstance(value, Mapping)}
+    _insert(connection, "runs", Run, [{**values, "store": store}])
     for table, records in children.items():
-        _insert(connection, table, [{**asdict(one), "run_id": run.run_id, "store": store} for one in records])
+        extra = {"run_id": run.run_id, "store": store}
+        _insert(connection, table, _CHILDREN[table], [_values(one) | extra for one in records])
 
 
-def _insert(connection: duckdb.DuckDBPyConnection, table: str, rows: list[dict[str, Any]]) -> None:
+def _values(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in fields(record)}
+
+
+def _insert(
+    connection: duckdb.DuckDBPyConnection, table: str, record: type, rows: list[dict[str, Any]]
+) -> None:
     if rows:
-        import pandas
-
-        frame = pandas.DataFrame(rows, dtype=object)
-        names = ", ".join(f'"{name}"' for name in rows[0])
-        connection.register("incoming", frame)
-        connection.execute(f"INSERT INTO {table} ({names}) SELECT {names} FROM incoming")
-        connection.unregister("incoming")
+        types = {**_types(record), "run_id": "VARCHAR", "store": "VARCHAR"}
+        names = ", ".join(f'"{name}"' for name in types)
+        connection.execute(
+            f"INSERT INTO {table} ({names}) SELECT {names} "
+            "FROM (SELECT unnest(from_json(?::JSON, ?), recursive := true))",
+            [json.dumps(rows), json.dumps([types])],
+        )
 
 
 def a_run(method: str = "hest", number: int = 1, **changes: Any) -> Run:

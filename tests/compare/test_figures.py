@@ -62,11 +62,11 @@ def test_classification_has_confusion_matrices_in_the_dark_theme_as_pdf(tmp_path
     run = a_run("hest", 1, dataset="lra-text")
     samples = classified(run, 40, 0.8)
     samples[0] = replace(samples[0], predicted_label=None)
-    add(connection, run, samples=samples, steps=trained(replace(run, steps=10)), utilisation=used("hest"))
-    drawn = draw(connection, compare(connection), tmp_path, theme="dark", formats=("png", "pdf"), dpi=40)
+    add(connection, run, samples=samples, steps=trained(replace(run, steps=10)))
+    drawn = draw(connection, compare(connection), tmp_path, theme="dark", formats=("pdf",), dpi=40)
     names = {path.name for path in drawn}
-    assert {"hest-0001_confusion.png", "hest-0001_confusion.pdf", "hest-0001_learning.png"} <= names
-    table = frames.confusion(connection, compare(connection).rows[0])
+    assert {"hest-0001_confusion.pdf", "hest-0001_learning.pdf"} <= names
+    table = frames.confusion(connection, compare(connection).rows[0], "test")
     assert table["count"].sum() == 40
     assert "no answer" in set(table["answer"])
 

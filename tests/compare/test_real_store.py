@@ -8,7 +8,7 @@ from pathlib import Path
 
 from simulated_runs import a_run, generated, trained, used
 
-from hestctl.compare.figures import draw
+from hestctl.compare import frames
 from hestctl.compare.table import as_json, compare
 from hestctl.runs import recording
 from hestctl.store.queries import connect
@@ -20,11 +20,11 @@ def test_runs_recorded_by_commands_are_compared(tmp_path: Path) -> None:
     for run, joules in ((a_run("tabs", 1), 60.0), (a_run("hest", 2), 40.0)):
         started = replace(run, status="started", finished_at=None)
         with recording(store, started) as recorder:
-            for step in trained(run):
+            for step in trained(run)[:5]:
                 recorder.step(step)
             for sample in generated(run, 120, joules=joules, scope_j=0.01, emax_j=0.02):
                 recorder.sample(sample)
-            for use in used(run.method or ""):
+            for use in used("hest"):
                 recorder.layer_use(use)
     with connect([str(store.db)]) as connection:
         found = compare(connection)
@@ -32,5 +32,7 @@ def test_runs_recorded_by_commands_are_compared(tmp_path: Path) -> None:
         assert found.gap.percent.value is not None
         assert found.gap.percent.value > 25
         json.dumps(as_json(found), allow_nan=False)
-        drawn = draw(connection, found, tmp_path / "figures", dpi=30)
-        assert len(drawn) == 9
+        steps, uses = (frame(connection, found.rows[0]) for frame in (frames.learning, frames.utilisation))
+        assert len(steps) == 15
+        assert set(uses["layer"]) == set(range(30))
+        assert len(frames.budget(connection, found)) == 240

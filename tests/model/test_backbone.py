@@ -288,7 +288,7 @@ def test_revision_of_a_folder_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["smollm2-135", "nope", "a/b/c", "../x", "./missing/folder", "http://x/y", ""]
+    "name", ["smollm2-135", "nope", "a/b/c", "../x", "./missing/folder", "http://x/y", "x/y.gguf", ""]
 )
 def test_unknown_names_are_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "HfApi", lambda: pytest.fail("asked the hub"))
