@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from hestctl.compare import frames
 from hestctl.compare.results import Comparison, Row
 from hestctl.compare.statistics import TAIL_MINIMUM
-from hestctl.compare.style import BASE_SIZE, DPI, INKS, WIDTH_IN, Theme, marks
+from hestctl.compare.style import BASE_SIZE, DPI, INKS, WIDTH_IN, Theme, joule_unit, marks, thousands
 from hestctl.compare.text import number
 from hestctl.errors import Exit, HestError
 
@@ -30,6 +30,8 @@ p9: Any = plotnine  # typed only in part: under strict mypy its own functions co
 FORMATS: Final = ("png", "pdf", "svg")
 _MANY = 60
 """From here on single samples are drawn as faint points, else as solid ones."""
+_POINTS = 600
+"""At most so many points a run where boxes tell the rest."""
 
 
 class Drawn(list[Path]):
@@ -196,7 +198,7 @@ class _Painter:
         says += ["diamonds: validation"] if len(points) else []
         says += ["expected joules are predicted; dashed: E_max"] if energy else []
         plot += p9.facet_wrap("panel", ncol=1, scales="free_y")
-        plot += p9.scale_x_continuous(breaks=_whole, labels=_thousands)
+        plot += p9.scale_x_continuous(breaks=_whole, labels=thousands)
         plot += p9.labs(x="optimiser step", y="")
         plot += self._look(f"Training of {row.label}", "; ".join(says))
         return _Figure(plot, 1.4 + 1.25 * len(panels))
@@ -228,7 +230,7 @@ class _Painter:
         frame["run"] = self._ordered(frame["run"])
         scopes = frame["scope"].nunique()
         crowded = len(frame) > _MANY * frame["run"].nunique()
-        factor, unit = _prefix(float(frame["joules"].max()))
+        factor, unit = joule_unit(float(frame["joules"].max()))
         frame["joules"] *= factor
         plot = p9.ggplot(frame, p9.aes("tokens", "joules", color="run", shape="run", fill="run"))
         plot += p9.geom_point(size=1.3, alpha=0.35 if crowded else 0.85, stroke=0.2)
@@ -239,7 +241,7 @@ class _Painter:
         if scopes > 1:
             plot += p9.facet_wrap("scope", ncol=1, scales="free_y")
         lines = "lines: E_max of the run" if not limits.empty else "no run has an E_max"
-        plot += p9.scale_x_continuous(labels=_thousands)
+        plot += p9.scale_x_continuous(labels=thousands)
         plot += p9.labs(x="prompt and new tokens", y=f"scope {unit} per sample, predicted")
         plot += self._scales(lines=not limits.empty)
         plot += self._look("Scope joules by length", f"predicted from the energy table; {lines}")
@@ -256,7 +258,7 @@ class _Painter:
             p9.ggplot(frame, p9.aes("tokens", "joules", color="run", shape="run", fill="run"))
             + p9.geom_point(size=1.8, alpha=0.7, stroke=0.2)
             + p9.geom_line(p9.aes(linetype="run"), data=means, size=0.6)
-            + p9.scale_x_continuous(labels=_thousands)
+            + p9.scale_x_continuous(labels=thousands)
             + p9.labs(x="prompt and new tokens", y=f"joules per sample, {self.word}")
             + self._scales(lines=True)
             + self._look("Joules by length", f"{self.metered}, profile runs; lines join means")
@@ -291,10 +293,14 @@ class _Painter:
         groups = frame.groupby("run")["value"]
         frame["run"] = self._ordered(frame["run"], down=True)
         crowded = int(groups.size().max()) > _MANY
+        # All of a full test split would be one blot; boxes and p99 are of every sample all the same.
+        order = frame.sample(frac=1.0, random_state=1)
+        points = order[order.groupby("run", observed=True).cumcount() < _POINTS]
         plot = (
             p9.ggplot(frame, p9.aes("run", "value"))
             + p9.geom_jitter(
                 p9.aes(color="run", shape="run", fill="run"),
+                data=points,
                 width=0.22,
                 height=0,
                 random_state=1,
@@ -309,6 +315,7 @@ class _Painter:
             + p9.coord_flip()
         )
         says += "; box: quartiles, line: median"
+        says += f"; points: {_POINTS} by chance" if len(points) < len(frame) else ""
         if tail:
             counts = groups.size()
             held = counts[counts >= TAIL_MINIMUM].index
@@ -392,19 +399,7 @@ class _Painter:
         ]
 
 
-def _thousands(ticks: Sequence[float]) -> list[str]:
-    return [f"{tick:,.0f}" for tick in ticks]
-
-
 def _whole(limits: tuple[float, float]) -> list[float]:
     low, high = limits
     ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
     return [float(tick) for tick in ticks if low <= tick <= high and float(tick).is_integer()]
-
-
-def _prefix(largest_j: float) -> tuple[float, str]:
-    """A unit in which the largest value reads without a row of zeros."""
-    for factor, unit in ((1.0, "joules"), (1e3, "mJ"), (1e6, "µJ")):
-        if largest_j * factor >= 0.1:
-            return factor, unit
-    return 1e9, "nJ"

@@ -69,3 +69,16 @@ def marks(rows: Sequence[Row]) -> dict[str, Mark]:
         )
         seen[family] += 1
     return found
+
+
+def thousands(ticks: Sequence[float]) -> list[str]:
+    """Labels of an axis of whole numbers."""
+    return [f"{tick:,.0f}" for tick in ticks]
+
+
+def joule_unit(largest_j: float) -> tuple[float, str]:
+    """The factor and the unit in which the largest value reads without a row of zeros."""
+    for factor, unit in ((1.0, "joules"), (1e3, "mJ"), (1e6, "µJ")):
+        if largest_j * factor >= 0.1:
+            return factor, unit
+    return 1e9, "nJ"

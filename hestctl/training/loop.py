@@ -75,27 +75,37 @@ class Trainer:
             backbone.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     def start(self) -> None:
-        """Before step 0: stagger the thresholds of an ordinal gate over the scores of one real batch."""
+        """Before step 0: fit an ordinal gate to the scores of one real batch, and to its budget.
+
+        Thresholds are staggered over the scores seen, layer by layer; with a budget they all move by one
+        number until the batch's decided energy is E_max, so that training starts where it may stay.
+        """
         spectral = self.tuner.spectral
         if spectral is None or not isinstance(spectral.gate, OrdinalGate):
             return
         gate = spectral.gate
         batch = self._to_device(train_batch(self._rows[: self._effective], self.backbone.pad_id))
-        means: dict[int, Tensor] = {}
-        deviations: dict[int, Tensor] = {}
+        seen: list[Tensor] = []
 
         def look(layer: int, hidden: Tensor) -> Tensor:
-            scores = gate.controller(normalise(hidden), layer)[batch.attention_mask.bool()]
-            means[layer], deviations[layer] = scores.mean(), scores.std()
+            seen.append(gate.controller(normalise(hidden), layer)[batch.attention_mask.bool()])
             return hidden
 
-        with torch.no_grad(), applied(self.backbone.layers, look), self._precision():
-            self._hidden(batch)
-        order = sorted(means)
-        gate.spread_over(
-            torch.stack([means[layer] for layer in order]),
-            torch.stack([deviations[layer] for layer in order]),
-        )
+        with torch.no_grad():
+            with applied(self.backbone.layers, look), self._precision():
+                self._hidden(batch)
+            score_LN = torch.stack(seen).float()
+            gate.spread_over(score_LN.mean(1), score_LN.std(1))
+            if self.budget is not None:
+                share = self._budget_share(batch)
+                gate.threshold.add_(_shift_to(gate, score_LN, share, self._costs_j))
+
+    def _budget_share(self, batch: TrainBatch) -> float:
+        """E_max over the joules of a generation of these prompts with every direction at full."""
+        assert self.budget is not None
+        work = sum(self.budget.work(n) for n in batch.prompt_tokens.tolist()) / len(batch.prompt_tokens)
+        layers, _, rank = self.tuner.spectral.shape  # type: ignore[union-attr]
+        return self.budget.emax_j / (work * layers * rank * self._costs_j[2])
 
     @property
     def epoch(self) -> float:
@@ -313,3 +323,20 @@ def _group(name: str) -> str:
     if name.startswith("gate."):
         return "controller"
     return "scale" if name == "scale" else "weights"
+
+
+def _shift_to(
+    gate: OrdinalGate, score_LN: Tensor, share: float, costs_j: tuple[float, float, float]
+) -> float:
+    """The shift of all thresholds at which decisions cost ``share`` of everything at full."""
+    normal_LN = (score_LN - gate.centre_L[:, None]) / gate.spread_L[:, None]
+    price_S = torch.tensor(costs_j, device=score_LN.device) / costs_j[2]
+    low, high = -20.0, 20.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        logits = gate.logits_of(normal_LN, gate.threshold[:, None] + middle, gate.gap[:, None])
+        if float(price_S[logits.argmax(-1)].mean()) > share:
+            low = middle
+        else:
+            high = middle
+    return high

@@ -107,15 +107,23 @@ def test_training_lowers_the_loss_on_what_it_sees(name, samples):
     assert seen[-1][0] < 0.9 * seen[0][0]
 
 
-def test_the_multiplier_brings_the_energy_to_its_budget(samples):
-    rows = samples(8)
+@pytest.mark.parametrize("share", [0.1, 0.2, 0.4])
+def test_a_budgeted_training_starts_at_its_budget(share, samples):
+    trainer = trainer_for("hest", samples(8), emax_share=share, accumulation=4)
+    trainer.start()
+    assert next(iter(trainer.steps())).energy_ratio == pytest.approx(1.0, abs=0.03)
+
+
+def test_the_multiplier_brings_the_energy_back_to_its_budget(samples):
     trainer = trainer_for(
-        "hest", rows, emax_share=0.2, epochs=60, alpha=0.2, threshold_learning_rate=0.05, accumulation=4
+        "hest", samples(8), emax_share=0.3, epochs=60, threshold_learning_rate=0.05, accumulation=4
     )
     trainer.start()
+    with torch.no_grad():
+        trainer.tuner.spectral.gate.threshold.sub_(1.5)
     ratios = [metric.energy_ratio for metric in trainer.steps()]
     assert ratios[0] > 1.5
-    assert sum(ratios[-10:]) / 10 == pytest.approx(1.0, abs=0.15)
+    assert sum(ratios[-10:]) / 10 == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_method_without_budget_reports_energy_and_no_ratio(samples):
