@@ -87,9 +87,10 @@ class Multiplier:
     """The Lagrange multiplier of ``task + weight * (E / E_max - 1)``, moved once an optimiser step.
 
     ``plain``: one dual-ascent step, lambda += alpha * (E / E_max - 1). ``clamp``: the same, projected
-    to lambda >= 0 as an inequality asks. ``pi``: clamp, and the excess itself added to the weight
-    (the augmented Lagrangian of Hestenes and Powell): pressure ends where the excess does, and does
-    not swing far below the budget first. ``none``: lambda stays, a fixed soft penalty.
+    to lambda >= 0 as an inequality asks. ``pi``: clamp, and the excess itself added to the weight, as
+    in the augmented Lagrangian of Hestenes and Powell; the excess counts both ways, so that joules
+    the budget allows are used by training and not handed out afterwards by repair. ``none``: lambda
+    stays, a fixed soft penalty.
     """
 
     value: float
@@ -101,7 +102,7 @@ class Multiplier:
     @property
     def weight(self) -> float:
         """What the energy term of the loss is multiplied with."""
-        return max(self.value + self.excess, 0.0) if self.kind == "pi" else self.value
+        return self.value + self.excess if self.kind == "pi" else self.value
 
     def step(self, ratio: float) -> None:
         """Move by one observed E / E_max."""

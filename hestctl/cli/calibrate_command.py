@@ -72,11 +72,17 @@ def calibrate(
         rows,
         caption=table.verdict(),
     )
-    facts = [(key, _told(value)) for key, value in done.certificate.items()]
+    missing = done.certificate["missing"]
+    facts = [
+        (key, _told(value, missing.get(key)))
+        for key, value in done.certificate.items()
+        if key not in ("missing", "warnings")
+    ]
+    facts += [("warning", warning) for warning in done.certificate["warnings"]]
     out.table("certificate of the meter", ("figure", "value"), facts)
 
 
-def _told(value: object) -> str:
+def _told(value: object, why: str | None) -> str:
     if value is None:
-        return "not measured"
+        return f"not measured: {why}" if why else "not measured"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -164,7 +164,11 @@ def _samples(
     alone = len(batch.rows) == 1
     shares: list[tuple[float | None, float | None]] = [(None, None)] * len(work)
     if window.energy_j is not None:
-        shares = list(apportion(window.energy_j, window.error_j or 0.0, work))
+        bound_j = window.error_j
+        shares = [
+            (joules, None if bound_j is None else error)
+            for joules, error in apportion(window.energy_j, bound_j or 0.0, work)
+        ]
     plan = generator.plan
     counts = batch.result.counts_QLS
     for i, row in enumerate(batch.rows):

@@ -49,7 +49,7 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
     method = METHODS[settings.method.name]
     backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
     data = load_data(settings, backbone, progress)
-    with open_meter(settings.energy, backbone.device, progress) as meter:
+    with open_meter(settings.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(settings, backbone, meter, data),
             run_id=new_run_id("harden", trained.method),

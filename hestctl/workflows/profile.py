@@ -70,7 +70,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
     _fits(backbone, p.seq_len + p.new_tokens)
     data = load_data(settings, backbone, progress)
-    with open_meter(settings.energy, backbone.device, progress) as meter:
+    with open_meter(settings.energy, backbone.device, store, progress) as meter:
         generator = Generator(backbone, None, None)
         if hardened is not None:
             generator = load_hardened(store, hardened, backbone, meter.device_name)

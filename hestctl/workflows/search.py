@@ -117,7 +117,7 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
     """
     backbone = load_backbone(s.backbone, seed=s.train.seed, progress=progress.note)
     data = load_data(s, backbone, progress)
-    with open_meter(s.energy, backbone.device, progress) as meter:
+    with open_meter(s.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(s, backbone, meter, data),
             run_id=new_run_id("search", s.method.name),

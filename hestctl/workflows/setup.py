@@ -84,16 +84,31 @@ def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Un
 
 
 @contextmanager
-def open_meter(settings: EnergySettings, device: torch.device, progress: Progress) -> Iterator[Meter]:
-    """The meter of the device that generates, started and stopped around the work."""
+def open_meter(
+    settings: EnergySettings, device: torch.device, store: Store, progress: Progress
+) -> Iterator[Meter]:
+    """The meter of the device that generates, started and stopped around the work.
+
+    Joules are net of idle too where the store has a certificate of this device with its idle watts.
+    """
     counter = find_counter(settings, device)
+    idle_w = None if isinstance(counter, Unavailable) else _idle_w(store, counter.device_uuid)
     synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-    with Meter(counter, synchronise=synchronise, poll_s=settings.poll_s) as meter:
-        if meter.kind == "measured":
-            progress.note(f"meter: {meter.counter_name} on {meter.device_name}")
+    with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
+        if meter.kind == "none":
+            progress.note(f"meter: none, joules are not measured ({meter.reason})")
         else:
-            progress.note(f"meter: {meter.counter_name or meter.reason}; joules are {meter.kind}")
+            progress.note(f"meter: {meter.counter_name} on {meter.device_name}; joules are {meter.kind}")
         yield meter
+
+
+def _idle_w(store: Store, device_uuid: str) -> float | None:
+    """Idle watts by the latest certificate of this device, if there is one."""
+    for run in queries.list_runs(store, command="calibrate", status="finished"):
+        if run.device_uuid == device_uuid:
+            idle_w = run.summary.get("certificate", {}).get("idle_w")
+            return None if idle_w is None else float(idle_w)
+    return None
 
 
 def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | None) -> Run:

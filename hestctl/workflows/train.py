@@ -77,7 +77,7 @@ def train(
     backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
     data = load_data(settings, backbone, progress)
     ensure_space(store.root, _bytes_needed(settings, backbone))
-    with open_meter(settings.energy, backbone.device, progress) as meter:
+    with open_meter(settings.energy, backbone.device, store, progress) as meter:
         run = describe(settings, backbone, meter, data)
         if trial_of is not None:
             run = replace(
