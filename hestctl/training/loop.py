@@ -117,7 +117,14 @@ class Trainer:
 
         Raises HestError when the loss or a gradient is not finite, before anything is updated.
         """
+        # transformers checkpoints activations in training mode alone.
         self.backbone.model.train(self._settings.gradient_checkpointing)
+        try:
+            yield from self._remaining_steps()
+        finally:
+            self.backbone.model.train(False)
+
+    def _remaining_steps(self) -> Iterator[StepMetric]:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
             started = time.perf_counter()
@@ -140,7 +147,6 @@ class Trainer:
                 self.multiplier.step(metric.energy_ratio or 0.0)
             self.step += 1
             yield metric
-        self.backbone.model.train(False)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able state from which ``restore`` goes on as if nothing had happened."""

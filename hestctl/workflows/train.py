@@ -120,7 +120,6 @@ class _Work:
         run.adapter_parameters = counts.adapter
         if METHODS[s.method.name].trained:
             self._train(tuner, table, budget)
-        if METHODS[s.method.name].trained:
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
         plan = self._harden(tuner, table, budget)
         tuner.finish()
@@ -174,7 +173,6 @@ class _Work:
         except Interrupted:
             self._save(trainer, best, so_far())
             raise
-        self.meter.settle()
         window = self.meter.cut(edge, self.meter.edge(), name="training", phase="training")
         self.recorder.window(window)
         run.train_energy_j = None if window.energy_j is None or base_j is None else base_j + window.energy_j
