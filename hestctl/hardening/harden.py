@@ -21,6 +21,8 @@ from hestctl.model.spectral import SpectralAdapters, applied, normalise
 
 _AIM = 0.975
 """Share of E_max that repair aims at, the middle of the band 0.95 to 1.00."""
+_DEMANDS = (0.975, 1.0, 1.03, 1.1, 1.3, 2.0)
+"""What the gates are made to ask for, as shares of E_max, when repair looks for its shift."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,31 +129,38 @@ def _look(
 
 
 def _repair(gate: OrdinalGate, looks: list[_Look], plan: Plan, emax_j: float) -> Plan:
-    """Shift all thresholds by one number, found by bisection on the recorded scores; pace the layers."""
+    """Shift all thresholds by one number, found on the recorded scores, and pace the layers.
 
-    def at(shift: float) -> tuple[Plan, float]:
-        shifted = [
-            replace(look, state_LTR=_decide(gate, look.score_LT, shift))
-            for look in looks
-            if look.score_LT is not None
-        ]
-        asked_L = torch.stack([_layer_price(look.state_LTR, plan) for look in shifted]).sum(0)
+    What the gates ask for falls as the shift rises, so a shift for any demand is found by bisection.
+    What the ledger lets through does not follow it so simply (a token that is cut may leave a part of
+    its purse unused), hence several demands are tried and the one nearest to the aim is taken. Where
+    the gates already sit inside the band, what training found stays as it is.
+    """
+    scored = [(look, look.score_LT) for look in looks if look.score_LT is not None]
+
+    def shifted(shift: float) -> list[_Look]:
+        return [replace(look, state_LTR=_decide(gate, score, shift)) for look, score in scored]
+
+    def paced(shift: float) -> tuple[float, Plan]:
+        asked = shifted(shift)
+        asked_L = torch.stack([_layer_price(look.state_LTR, plan) for look in asked]).sum(0)
         # A layer that asks for nothing keeps a sliver, so that no share is zero.
         pace_L = asked_L.clamp_min(asked_L.sum().clamp_min(1e-30) * 1e-4)
-        paced = replace(plan, pace=tuple((pace_L / pace_L.sum()).tolist()), shift=shift)
-        return paced, _mean(_under_ledger(look, paced) for look in shifted)
+        tried = replace(plan, pace=tuple((pace_L / pace_L.sum()).tolist()), shift=shift)
+        return _mean(_under_ledger(look, tried) for look in asked), tried
 
-    low, high = -20.0, 20.0
-    for _ in range(24):
-        middle = (low + high) / 2
-        _, energy_j = at(middle)
-        if energy_j > _AIM * emax_j:
-            low = middle
-        else:
-            high = middle
-    # Where the gates already sit inside the band, what training found stays as it is.
-    kept, kept_j = at(0.0)
-    best = kept if 0.95 * emax_j <= kept_j <= emax_j else at(high)[0]
+    def shift_for(demand_j: float) -> float:
+        low, high = -20.0, 20.0
+        for _ in range(24):
+            middle = (low + high) / 2
+            asked_j = _mean(look.work * _price(look.state_LTR, plan) for look in shifted(middle))
+            low, high = (middle, high) if asked_j > demand_j else (low, middle)
+        return high
+
+    kept_j, best = paced(0.0)
+    if not 0.95 * emax_j <= kept_j <= emax_j:
+        tries = [paced(shift_for(demand * emax_j)) for demand in _DEMANDS]
+        _, best = min(tries, key=lambda found: abs(found[0] - _AIM * emax_j))
     with torch.no_grad():
         gate.threshold.add_(best.shift)
     return best

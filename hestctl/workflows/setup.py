@@ -249,6 +249,15 @@ def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         f"hardened: {hardened:.3f} of E_max on {energies.samples} validation samples (worst {worst:.3f}); "
         f"expected {expected:.3f}, hard gates before repair {decided:.3f}"
     )
+    if not 0.95 <= hardened <= 1.0:
+        progress.note(
+            "outside 0.95 to 1.00 of E_max because "
+            + (
+                "a token that the ledger cuts may leave up to one int8 direction unspent"
+                if plan.uses_int8
+                else "samples differ in length: short ones cannot spend all, long ones are cut"
+            )
+        )
     if plan.moved is not None and abs(plan.moved) > 0.1:
         progress.note(
             f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less"
