@@ -18,6 +18,7 @@ from torch import Tensor
 from hestctl.model.gates import FULL, INT8, OFF
 
 _FINE_BITS = 20
+_BLOCK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,9 @@ def incomes(emax_j: float, margin: float, pace_L: Tensor, work_Q: Tensor, tariff
 class Ledger:
     """One ledger a batch of requests; beams of a request share its purses.
 
-    ``allow`` is called once per layer and forward pass, in token order. Memory: L * Q integers.
+    ``allow`` is called once per layer and forward pass, in token order. Memory: a few times L * Q
+    integers. A token that is cut may leave less than one int8 direction unspent; what a block of
+    positions left so comes back to the purse at its end, wherever chunks begin and end.
     """
 
     def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
@@ -68,14 +71,30 @@ class Ledger:
         self._prices_S = tariff.prices(income_LQ.device)
         self._uses_int8 = uses_int8
         self._purse_LQ = torch.zeros_like(income_LQ)
+        self._unspent_LQ = torch.zeros_like(income_LQ)
         self._seen_LQ = torch.zeros_like(income_LQ)
+        self._position_L = [0] * income_LQ.shape[0]
 
     def allow(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
         """The states that may run, (W, T, R). ``real_WT`` is false on padding, which is always off."""
-        requests = self._income_LQ.shape[1]
-        rows, tokens, _ = asked_WTR.shape
-        beams = rows // requests
         asked_WTR = asked_WTR * real_WT[..., None]
+        parts, start, tokens = [], 0, asked_WTR.shape[1]
+        while start < tokens:
+            # With whole directions as the only price nothing is ever left over: no blocks are needed.
+            room = _BLOCK - self._position_L[layer] % _BLOCK if self._uses_int8 else tokens
+            end = min(tokens, start + room)
+            parts.append(self._allow_block(layer, asked_WTR[:, start:end], real_WT[:, start:end]))
+            self._position_L[layer] += end - start
+            if self._position_L[layer] % _BLOCK == 0:
+                self._purse_LQ[layer] += self._unspent_LQ[layer]
+                self._unspent_LQ[layer] = 0
+            start = end
+        return torch.cat(parts, 1)
+
+    def _allow_block(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
+        requests = self._income_LQ.shape[1]
+        rows, tokens, rank = asked_WTR.shape
+        beams = rows // requests
 
         def by_request(x: Tensor) -> Tensor:
             # Token-major within a request: beams of one position stand side by side.
@@ -91,11 +110,12 @@ class Ledger:
         walk_QN = start_Q1 + (income_QN - cost_QN).cumsum(1)
         left_QN = walk_QN - walk_QN.cummin(1).values.clamp(max=0)
         before_QN = torch.cat((start_Q1, left_QN[:, :-1]), 1) + income_QN
+        allowed_QNR = _trim(asked_QNR, before_QN, self._order_LR[layer], self._prices_S, self._uses_int8)
+        spent_QN = self._prices_S[allowed_QNR].sum(-1)
+        self._unspent_LQ[layer] += (before_QN - left_QN - spent_QN).sum(1)
         self._purse_LQ[layer] = left_QN[:, -1]
         self._seen_LQ[layer] = nth_QN[:, -1]
-        allowed_QNR = _trim(asked_QNR, before_QN, self._order_LR[layer], self._prices_S, self._uses_int8)
-        shape = (requests, tokens, beams, asked_WTR.shape[2])
-        return allowed_QNR.view(shape).transpose(1, 2).reshape(asked_WTR.shape)
+        return allowed_QNR.view(requests, tokens, beams, rank).transpose(1, 2).reshape(asked_WTR.shape)
 
 
 def _trim(asked: Tensor, purse: Tensor, order_R: Tensor, prices_S: Tensor, uses_int8: bool) -> Tensor:

@@ -78,13 +78,13 @@ def hardened(backbone, rows, share, *, states=(0, 1, 2), beams=1, seed=0):
 
 @pytest.mark.parametrize("states", [(0, 1, 2), (0, 2)])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("share", [0.15, 0.3, 0.5, 0.7])
+@pytest.mark.parametrize("share", [0.25, 0.35, 0.45, 0.7])
 def test_the_hardened_energy_lies_in_its_band(share, seed, states, backbone, samples):
     rows = samples(6, prompt=40, answer=NEW_TOKENS - 1)
     _, plan = hardened(backbone, rows, share, states=states, seed=seed)
     # With int8 a token that is cut may leave up to one int8 direction unspent, and these gates make
     # the ledger cut most tokens; with two states nothing is left.
-    assert (0.95 if states == (0, 2) else 0.90) <= plan.energies.hardened_j / plan.emax_j <= 1.0
+    assert (0.95 if states == (0, 2) else 0.92) <= plan.energies.hardened_j / plan.emax_j <= 1.0
     assert plan.energies.worst_j <= plan.emax_j
     assert plan.moved is not None
 
