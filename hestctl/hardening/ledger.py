@@ -19,6 +19,8 @@ from hestctl.model.gates import FULL, INT8, OFF
 
 _FINE_BITS = 20
 _BLOCK = 16
+_UNITS = 1024
+"""Units in a full direction: rounding the price of int8 up costs less than a thousandth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +39,8 @@ class Tariff:
         _, int8_j, full_j = costs_j
         if not uses_int8:
             return cls(int8=1, full=1, unit_j=full_j)
-        unit_j = full_j / 16
-        return cls(int8=-int(-int8_j // unit_j), full=16, unit_j=unit_j)
+        unit_j = full_j / _UNITS
+        return cls(int8=-int(-int8_j // unit_j), full=_UNITS, unit_j=unit_j)
 
     def prices(self, device: torch.device) -> Tensor:
         return torch.tensor([0, self.int8, self.full], dtype=torch.int64, device=device)
