@@ -15,6 +15,7 @@ import torch
 from hestctl.data.prompts import Encoded, label_answers
 from hestctl.energy.meter import Edge, Meter
 from hestctl.energy.shares import apportion
+from hestctl.errors import HestError
 from hestctl.generation.engine import ENGINE, Generated, Generator
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.progress import Progress
@@ -132,13 +133,21 @@ def _generate(
     progress: Progress,
     check: Callable[[], None],
 ) -> Iterator[_Batch]:
+    start_j = meter.total_j()
     edge = meter.edge()
     spent = 0.0
     for done in range(0, len(rows), size):
         check()
         part = rows[done : done + size]
         started = time.perf_counter()
-        result, predicted = run(part)
+        try:
+            result, predicted = run(part)
+        except torch.OutOfMemoryError as error:
+            longest = max(len(row.prompt_ids) for row in part)
+            raise HestError(
+                f"out of memory generating {len(part)} prompts of up to {longest} tokens at once",
+                f"--set generation.batch_size={max(1, len(part) // 2)}, or fewer --num-beams",
+            ) from error
         start, edge = edge, meter.edge()
         latency = time.perf_counter() - started
         spent += latency
@@ -146,9 +155,14 @@ def _generate(
             "generating",
             min(done + size, len(rows)),
             len(rows),
-            {"joules": meter.total_j(), "s_per_sample": spent / (done + len(part))},
+            {f"J {meter.kind}": _since(meter, start_j), "s_per_sample": spent / (done + len(part))},
         )
         yield _Batch(part, result, predicted, start, edge, latency)
+
+
+def _since(meter: Meter, start_j: float | None) -> float | None:
+    total_j = meter.total_j()
+    return None if total_j is None or start_j is None else total_j - start_j
 
 
 def _samples(

@@ -255,7 +255,7 @@ class _Work:
                 "loss": metric.task_loss,
                 "E/Emax": metric.energy_ratio,
                 "lambda": metric.multiplier,
-                "joules": metric.train_energy_j,
+                f"J {self.meter.kind}": metric.train_energy_j,
                 "tokens_per_s": metric.tokens_per_s,
             },
         )
