@@ -101,7 +101,7 @@ class TrainSettings(_Section):
     learning_rate: float = Field(default=3e-5, gt=0)
     gate_learning_rate: float = Field(default=1e-3, gt=0)
     threshold_learning_rate: float = Field(default=0.03, gt=0)
-    scale_learning_rate: float | None = Field(default=None, gt=0)
+    scale_learning_rate: float = Field(default=0.02, gt=0)
     warmup_steps: int = Field(default=500, ge=0)
     batch_size: int = Field(default=4, ge=1)
     accumulation: int = Field(default=8, ge=1)

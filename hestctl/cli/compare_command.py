@@ -18,10 +18,10 @@ def register(app: typer.Typer) -> None:
 def compare(
     db: Annotated[
         list[str] | None,
-        typer.Option("--db", help="A store, or a glob of them; repeatable. [default: runs.duckdb]"),
+        typer.Option("--db", help=r"A store, or a glob of them; repeatable. \[default: runs.duckdb]"),
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Where figures go. [default: figures]")
+        Path | None, typer.Option("--out", help=r"Where figures go. \[default: figures]")
     ] = None,
     margin: Annotated[
         float, typer.Option(help="Points of ROUGE-Lsum that still count as equal quality.")

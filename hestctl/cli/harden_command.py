@@ -23,7 +23,7 @@ def harden(
     emax: o.EmaxOption = None,
     reference: o.ReferenceOption = None,
     margin: Annotated[
-        float | None, typer.Option(help="Part of E_max the ledger leaves unspent. [default: 0.01]")
+        float | None, typer.Option(help=r"Part of E_max the ledger leaves unspent. \[default: 0.01]")
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="One row a layer: budget, use, order.")] = False,
     db: o.DbOption = None,

@@ -16,7 +16,7 @@ ProfileOption = Annotated[
     str, typer.Option("--profile", help="Settings to start from: a shipped name, or a TOML file.")
 ]
 DbOption = Annotated[
-    Path | None, typer.Option("--db", help="The store; run folders stand beside it. [default: runs.duckdb]")
+    Path | None, typer.Option("--db", help=r"The store; run folders stand beside it. \[default: runs.duckdb]")
 ]
 SetOption = Annotated[
     list[str] | None,
@@ -43,7 +43,7 @@ MeterOption = Annotated[str | None, typer.Option("--meter", help="auto, nvml, ra
 RunOption = Annotated[str | None, typer.Option("--run", help="A run id; `hestctl runs list` shows them.")]
 EmaxRatioOption = Annotated[
     float | None,
-    typer.Option("--emax-ratio", help="Budget per sample as a ratio of what TABS spends. [default: 0.6]"),
+    typer.Option("--emax-ratio", help=r"Budget per sample as a ratio of what TABS spends. \[default: 0.6]"),
 ]
 EmaxOption = Annotated[float | None, typer.Option("--emax", help="Budget per sample in joules, outright.")]
 ReferenceOption = Annotated[

@@ -39,20 +39,26 @@ def document(value: Mapping[str, Any]) -> None:
 
 def text(line: str = "") -> None:
     """A line of the result."""
-    _console(sys.stdout).print(Text(line), soft_wrap=True)
+    _say(_console(sys.stdout), Text(line))
 
 
 def note(line: str) -> None:
     """A line about the work, on stderr."""
-    _console(sys.stderr).print(Text(line, style="dim"), soft_wrap=True)
+    _say(_console(sys.stderr), Text(line, style="dim"))
 
 
 def problem(message: str, hint: str | None) -> None:
     """The one message an error makes: what and where, then what to type next."""
     console = _console(sys.stderr)
-    console.print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    _say(console, Text.assemble(("error: ", "bold red"), message))
     if hint:
-        console.print(Text(f"  try: {hint}"), soft_wrap=True)
+        # Never broken into lines: it holds commands and paths to copy.
+        console.print(Text(f"  hint: {hint}"), soft_wrap=True)
+
+
+def _say(console: Console, line: Text) -> None:
+    """Break at words on a terminal, which would break inside them; a pipe gets one line whole."""
+    console.print(line, soft_wrap=not console.is_terminal)
 
 
 def table(
@@ -63,22 +69,28 @@ def table(
     left: int = 1,
     caption: str = "",
 ) -> None:
-    """A table on stdout; the first ``left`` columns are names, the others numbers."""
-    out = Table(title=title, title_justify="left", title_style="bold", caption=caption or None)
-    out.caption_justify = "left"
+    """A table on stdout; the first ``left`` columns are words, the others numbers.
+
+    The first column names its row and stays on one line. Title and caption stand outside the table:
+    within, they would be broken at its width, however narrow.
+    """
+    console = _console(sys.stdout)
+    _say(console, Text(title, style="bold"))
+    out = Table()
     for index, header in enumerate(headers):
-        name = index < left
         out.add_column(
             Text(header),
-            justify="left" if name else "right",
-            no_wrap=name,
+            justify="left" if index < left else "right",
+            no_wrap=index == 0 and left > 0,
             overflow="fold",
             vertical="middle",
             min_width=min(_longest_word(header, *(row[index] for row in rows)), 24),
         )
     for row in rows:
         out.add_row(*(Text(cell) for cell in row))
-    _console(sys.stdout).print(out)
+    console.print(out)
+    if caption:
+        _say(console, Text(caption))
 
 
 def _longest_word(*cells: str) -> int:
@@ -97,12 +109,12 @@ class Reporter:
 
     def note(self, line: str) -> None:
         if self._bars is not None:
-            self._bars.console.print(Text(line, style="dim"), soft_wrap=True)
+            _say(self._bars.console, Text(line, style="dim"))
         else:
             note(line)
 
     def advance(self, stage: str, done: int, total: int, figures: Mapping[str, float | None]) -> None:
-        told = " ".join(f"{name} {value:.4g}" for name, value in figures.items() if value is not None)
+        told = " ".join(f"{name} {_short(value)}" for name, value in figures.items() if value is not None)
         if self._bars is not None:
             if self._task is None or stage != self._stage:
                 if self._task is not None:
@@ -113,6 +125,11 @@ class Reporter:
             self._told_s = time.monotonic()
             note(f"{stage} {done}/{total} {told}")
         self._stage = stage
+
+
+def _short(value: float) -> str:
+    """Four digits, and no powers of ten for what is read as a whole number."""
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def train(
     method: Annotated[
-        str | None, typer.Option(help="hest, tabs, bhsp, lora or base. [default: hest]")
+        str | None, typer.Option(help=r"hest, tabs, bhsp, lora or base. \[default: hest]")
     ] = None,
     emax_ratio: o.EmaxRatioOption = None,
     emax: o.EmaxOption = None,

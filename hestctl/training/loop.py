@@ -184,7 +184,7 @@ class Trainer:
         s = self._settings
         groups: dict[str, dict[str, Any]] = {
             "weights": {"lr": s.learning_rate, "weight_decay": s.weight_decay},
-            "scale": {"lr": s.scale_learning_rate or s.learning_rate, "weight_decay": 0.0},
+            "scale": {"lr": s.scale_learning_rate, "weight_decay": 0.0},
             "projection": {"lr": s.gate_learning_rate * 16 / self.backbone.hidden_size, "weight_decay": 0.0},
             "controller": {"lr": s.gate_learning_rate, "weight_decay": 0.0},
             "thresholds": {"lr": s.threshold_learning_rate, "weight_decay": 0.0},
