@@ -103,9 +103,9 @@ class StepMetric:
 
     ``step`` counts the optimiser steps done: 1 is the first, an evaluation at 0 comes before it.
 
-    ``energy_j`` is the expected joules per sample within the budget's scope, predicted from the
-    energy table; ``energy_ratio`` is that over E_max. ``train_energy_j`` is what training itself
-    has spent so far, by the meter.
+    ``energy_j`` is the joules per sample within the budget's scope that the gates decide for without
+    noise, predicted from the energy table; ``energy_ratio`` is that over E_max. ``train_energy_j`` is
+    what training itself has spent so far, by the meter.
     """
 
     step: int

@@ -196,7 +196,7 @@ class _Painter:
         plot += p9.geom_point(data=points, shape="D", size=1.8, fill=self.ink.paper, color=self.ink.text)
         says = ["line: training"] if len(lines) else []
         says += ["diamonds: validation"] if len(points) else []
-        says += ["expected joules are predicted; dashed: E_max"] if energy else []
+        says += ["joules are predicted; dashed: E_max"] if energy else []
         plot += p9.facet_wrap("panel", ncol=1, scales="free_y")
         plot += p9.scale_x_continuous(breaks=_whole, labels=thousands)
         plot += p9.labs(x="optimiser step", y="")

@@ -61,7 +61,11 @@ def latency(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd
 
 def learning(connection: duckdb.DuckDBPyConnection, row: Row) -> pd.DataFrame:
     """``step, split, panel, value``, panels in the order of print."""
-    panels = {"task_loss": "task loss", "energy_ratio": "expected J / E_max", "multiplier": "multiplier"}
+    panels = {
+        "task_loss": "task loss",
+        "energy_ratio": "J / E_max, as the gates decide",
+        "multiplier": "multiplier",
+    }
     steps = connection.execute(
         "SELECT step, split, task_loss, energy_ratio, multiplier FROM steps "
         "WHERE run_id = ? AND store = ? ORDER BY step",

@@ -237,23 +237,33 @@ class Trainer:
             batch = self._to_device(train_batch(part, self.backbone.pad_id))
             gates = self._gates(batch, micro)
             change = applied(self.backbone.layers, gates) if gates else nullcontext()
-            with change, self._precision():
-                task = self._answer_loss(batch) / answer_tokens
-            loss = task
-            totals.task += float(task.detach())
-            if gates is not None:
-                to_generation_B = self._to_generation(batch)
-                expected = (gates.expected_j() * to_generation_B).sum() / len(rows)
-                totals.expected_j += float(expected.detach())
-                totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / len(rows)
-                shares.append(gates.shares())
-                if self.budget is not None and self.multiplier is not None:
-                    loss = task + self.multiplier.weight * expected / self.budget.emax_j
-            self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            # Open during the backward pass too: some versions of transformers recompute a checkpointed
+            # layer together with its hooks.
+            with change:
+                with self._precision():
+                    task = self._answer_loss(batch) / answer_tokens
+                loss = task
+                totals.task += float(task.detach())
+                if gates is not None:
+                    loss = task + self._energy_term(gates, batch, len(rows), totals)
+                    shares.append(gates.shares())
+                self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if shares:
             off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
             totals.shares = (off, int8, full)
         return totals
+
+    def _energy_term(
+        self, gates: GatePass, batch: TrainBatch, samples: int, totals: _Totals
+    ) -> Tensor | float:
+        """This micro-batch's part of ``weight * E / E_max``; adds its joules to the totals."""
+        to_generation_B = self._to_generation(batch)
+        expected = (gates.expected_j() * to_generation_B).sum() / samples
+        totals.expected_j += float(expected.detach())
+        totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / samples
+        if self.budget is None or self.multiplier is None:
+            return 0.0
+        return self.multiplier.weight * expected / self.budget.emax_j
 
     def _gates(self, batch: TrainBatch, micro: int) -> GatePass | None:
         if self.tuner.spectral is None:

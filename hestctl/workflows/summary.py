@@ -9,6 +9,9 @@ import numpy as np
 
 from hestctl.records import Sample
 
+P99_SAMPLES = 100
+"""Below so many samples a 99th percentile is little more than the maximum, and is not given."""
+
 
 def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
     """Means over samples; joules over samples whose window is valid. None where nothing was measured."""
@@ -25,7 +28,8 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "new_tokens_per_sample": _mean([s.new_tokens for s in samples]),
         "prompt_tokens_per_sample": _mean([s.prompt_tokens for s in samples]),
         "latency_p50_s": float(np.percentile(latencies, 50)) if latencies else None,
-        "latency_p99_s": float(np.percentile(latencies, 99)) if latencies else None,
+        "latency_p99_s": float(np.percentile(latencies, 99)) if len(latencies) >= P99_SAMPLES else None,
+        "latency_max_s": max(latencies, default=None),
         "rouge1": _mean([s.rouge1 for s in samples]),
         "rouge2": _mean([s.rouge2 for s in samples]),
         "rouge_l": _mean([s.rouge_l for s in samples]),

@@ -101,9 +101,25 @@ def test_too_short_a_look_is_not_a_certificate() -> None:
     assert found.step_s is None and "too few" in found.missing["step_s"]
 
 
-def test_a_counter_without_instant_power_has_no_power_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(FakeCounter, "power_w")
-    found = certificate()
+class Powerless:
+    """A counter that offers joules and conditions, and no instant power."""
+
+    def __init__(self, inner: FakeCounter) -> None:
+        self._inner = inner
+        self.name, self.kind, self.device_name = inner.name, inner.kind, inner.device_name
+        self.device_uuid, self.step_s, self.max_w = inner.device_uuid, inner.step_s, inner.max_w
+
+    def read_j(self) -> float:
+        return self._inner.read_j()
+
+    def conditions(self) -> Any:
+        return self._inner.conditions()
+
+
+def test_a_counter_without_instant_power_has_no_power_ratio() -> None:
+    clock = FakeClock()
+    fake = FakeCounter(120.0, clock, on_read=lambda: clock.spend(0.00225))
+    found = certify(Powerless(fake), clock=clock, pace=clock, load=clock.advance)
     assert found.power_ratio is None and found.driver is None
     assert "no instant power" in found.missing["power_ratio"]
     assert set(found.missing) == {"power_ratio"}

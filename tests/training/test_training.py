@@ -81,11 +81,18 @@ def test_gradient_checkpointing_reuses_the_gate_noise(samples):
     rows = samples(8)
     plain = trainer_for("hest", rows, emax_share=0.3)
     saving = trainer_for("hest", rows, emax_share=0.3, gradient_checkpointing=True)
+    passes = []
     for trainer in (plain, saving):
         trainer.start()
+        calls = []
+        trainer.backbone.layers[1].input_layernorm.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
+        passes.append(calls)
     for (a, energy_a, _), (b, energy_b, _) in zip(losses(plain), losses(saving), strict=True):
         assert a == pytest.approx(b, rel=1e-5)
         assert energy_a == pytest.approx(energy_b, rel=1e-5)
+    assert len(passes[1]) == 2 * len(passes[0])  # every layer really ran again in the backward pass
 
 
 def test_accumulation_makes_the_same_step_as_one_large_batch(samples):
