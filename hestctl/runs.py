@@ -237,7 +237,7 @@ def _end(store: Store, recorder: Recorder, status: RunStatus, error: str | None)
 def _end_after(error: BaseException, store: Store, recorder: Recorder) -> None:
     """End the run for ``error``, which stays what the user hears of; what fails here is added to it."""
     stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-    text = error.message if isinstance(error, HestError) else f"{type(error).__name__}: {error}"
+    text = error.message if isinstance(error, HestError) else f"{type(error).__name__}: {error}".rstrip(": ")
     try:
         _end(store, recorder, "interrupted" if stopped else "failed", " ".join(text.split())[:500])
     except HestError as problem:

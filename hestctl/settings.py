@@ -7,28 +7,47 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    SettingsError,
     TomlConfigSettingsSource,
 )
 
+from hestctl import __version__
 from hestctl.errors import Exit, HestError
 
 DEFAULT_PROFILE = "quickstart"
 _PREFIX = "HESTCTL_"
 
 MethodName = Literal["hest", "tabs", "bhsp", "lora", "base"]
+
+
+def _listed(value: object) -> object:
+    """A list given as text, in the environment or by a flag: ``1,4`` or ``[1, 4]``."""
+    return tuple(value.strip("[] ").split(",")) if isinstance(value, str) else value
+
+
+# NoDecode: pydantic-settings would take the environment's text for JSON, and name no key if it is not.
+Choices = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_listed)]
+Range = Annotated[tuple[float, float], NoDecode, BeforeValidator(_listed)]
 
 
 class _Section(BaseModel):
@@ -141,14 +160,9 @@ class ProfileSettings(_Section):
     """What ``hestctl profile`` sweeps: lengths up to ``seq_len`` tokens."""
 
     seq_len: int = Field(default=1024, ge=16)
-    batch_sizes: Annotated[tuple[int, ...], NoDecode] = (1,)
+    batch_sizes: Choices = (1,)
     new_tokens: int = Field(default=128, ge=1)
     repeats: int = Field(default=3, ge=1)
-
-    @field_validator("batch_sizes", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        return tuple(value.split(",")) if isinstance(value, str) else value
 
     @field_validator("batch_sizes")
     @classmethod
@@ -163,13 +177,27 @@ class SearchSettings(_Section):
 
     trials: int = Field(default=0, ge=0)
     timeout_min: float = Field(default=360.0, gt=0)
-    learning_rate: tuple[float, float] = (1e-5, 5e-4)
-    controller_width: tuple[int, ...] = (16, 32, 64)
-    emax_ratio: tuple[float, float] = (0.4, 0.8)
-    tau: tuple[float, float] = (0.4, 1.0)
-    alpha: tuple[float, float] = (0.01, 0.2)
-    batch_size: tuple[int, ...] = (2, 4)
-    accumulation: tuple[int, ...] = (4, 8, 16)
+    learning_rate: Range = (1e-5, 5e-4)
+    controller_width: Choices = (16, 32, 64)
+    emax_ratio: Range = (0.4, 0.8)
+    tau: Range = (0.4, 1.0)
+    alpha: Range = (0.01, 0.2)
+    batch_size: Choices = (2, 4)
+    accumulation: Choices = (4, 8, 16)
+
+    @field_validator("learning_rate", "emax_ratio", "tau", "alpha")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("a range is two numbers above 0, the lower one first, such as 0.4,0.8")
+        return value
+
+    @field_validator("controller_width", "batch_size", "accumulation")
+    @classmethod
+    def _some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value or min(value) < 1:
+            raise ValueError("choices are whole numbers of at least 1, such as 2,4")
+        return value
 
 
 class Settings(BaseSettings):
@@ -193,7 +221,10 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _room_for_the_answer(self) -> Settings:
         if self.data.max_answer_tokens >= self.data.max_tokens:
-            raise ValueError("data.max_answer_tokens must be below data.max_tokens")
+            raise ValueError(
+                f"data.max_answer_tokens = {self.data.max_answer_tokens} leaves no room for a text "
+                f"in data.max_tokens = {self.data.max_tokens}"
+            )
         return self
 
 
@@ -220,16 +251,16 @@ def with_values(settings: Settings, values: Mapping[str, Any]) -> Settings:
 
 def from_document(document: Mapping[str, Any]) -> Settings:
     """Settings as a run recorded them. Raises HestError (usage) where they no longer fit."""
-    try:
-        rooms: dict[str, Any] = {
-            name: field.annotation.model_validate(document[name])
-            for name, field in Settings.model_fields.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
-        }
-    except (ValidationError, KeyError) as error:
-        raise HestError(
-            f"these settings do not fit this version of hestctl: {error}", "train again", Exit.USAGE
-        ) from None
+    rooms: dict[str, Any] = {}
+    for name, field in Settings.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            try:
+                rooms[name] = field.annotation.model_validate(document[name])
+            except (ValidationError, KeyError) as error:
+                why = _told(error, name) if isinstance(error, ValidationError) else f"no section '{name}'"
+                raise HestError(
+                    f"these settings do not fit hestctl {__version__}: {why}", "train again", Exit.USAGE
+                ) from None
     return Settings.model_construct(**rooms, db=Path(document["db"]))
 
 
@@ -271,10 +302,16 @@ def keys(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
             yield prefix + name
 
 
-def load(profile: str = DEFAULT_PROFILE, flags: Mapping[str, Any] | None = None) -> Resolved:
+def load(
+    profile: str = DEFAULT_PROFILE,
+    flags: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Resolved:
     """Resolve the settings from all four sources.
 
-    ``flags`` maps dotted keys to values; ``None`` values are flags that were not given.
+    ``flags`` maps dotted keys to values; ``None`` values are flags that were not given. ``names`` says
+    what the user typed for a key, such as ``--lr``. A budget as a ratio and one in joules exclude each
+    other: the one from the stronger source holds.
     Raises HestError (usage) for an unknown profile, key or variable, malformed TOML, or a value out
     of range, naming the source, the key and the nearest match.
     """
@@ -282,14 +319,24 @@ def load(profile: str = DEFAULT_PROFILE, flags: Mapping[str, Any] | None = None)
     table = _read_toml(path)
     given = {key: value for key, value in (flags or {}).items() if value is not None}
     _check_environment()
-    sources = {
-        "flag": (given, "a flag"),
-        "environment": (_environment(), "the environment"),
-        f"profile {profile}": (dict(_flatten(table)), str(path)),
+    sources: dict[str, Mapping[str, Any]] = {
+        "flag": given,
+        "environment": _environment(),
+        f"profile {profile}": dict(_flatten(table)),
     }
-    for label, (values, where) in sources.items():
+
+    def where(key: str) -> str:
+        match _origin(key, sources):
+            case "flag":
+                return (names or {}).get(key, "a flag")
+            case "environment":
+                return _variable(key)
+            case _:
+                return str(path)
+
+    for values in sources.values():
         for key in values:
-            _check_key(key, where if label != "flag" else f"--{key}")
+            _check_key(key, where(key))
 
     class FromProfile(Settings):
         @classmethod
@@ -306,12 +353,31 @@ def load(profile: str = DEFAULT_PROFILE, flags: Mapping[str, Any] | None = None)
     origins = {key: _origin(key, sources) for key in keys()}
     try:
         loaded = FromProfile(**_nest(given))
-        settings = Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
     except ValidationError as error:
-        raise _explain(error, origins) from None
-    except SettingsError as error:
-        raise HestError(str(error), "check the HESTCTL_* variables", Exit.USAGE) from None
+        sources_told = {key: where(key) for key, origin in origins.items() if origin != "default"}
+        raise HestError(
+            _told(error, places=sources_told), "`hestctl env --settings` shows every key", Exit.USAGE
+        ) from None
+    settings = Settings.model_construct(**{name: getattr(loaded, name) for name in Settings.model_fields})
+    if _prefers_ratio(sources):
+        settings = with_values(settings, {"budget.emax_j": None})
+        origins["budget.emax_j"] = origins["budget.emax_ratio"]
     return Resolved(settings, origins, profile)
+
+
+def _prefers_ratio(sources: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether the strongest source that gives a budget gives a ratio. It cannot give joules as well."""
+    for label, values in sources.items():
+        given = [name for name in ("budget.emax_ratio", "budget.emax_j") if name in values]
+        if len(given) == 2:
+            raise HestError(
+                f"two budgets, {' and '.join(given)}, from one source ({label})",
+                "give --emax-ratio (of what TABS spends) or --emax (joules)",
+                Exit.USAGE,
+            )
+        if given:
+            return given == ["budget.emax_ratio"]
+    return False
 
 
 def _profile_path(profile: str) -> Path:
@@ -319,7 +385,12 @@ def _profile_path(profile: str) -> Path:
     if path.is_file():
         return path
     if profile.endswith(".toml"):
-        raise HestError(f"no profile file at {path}", "give the path of a TOML file", Exit.USAGE)
+        siblings = [file.name for file in path.parent.glob("*.toml")]
+        raise HestError(
+            f"no profile file at {path}{_nearest(path.name, siblings)}",
+            f"give the path of a TOML file, or a shipped name: {', '.join(profile_names())}",
+            Exit.USAGE,
+        )
     raise HestError(
         f"unknown profile '{profile}'{_nearest(profile, profile_names())}",
         f"profiles: {', '.join(profile_names())}; or the path of a TOML file",
@@ -365,14 +436,17 @@ RESERVED_VARIABLES = frozenset({"HESTCTL_CACHE", "HESTCTL_DEBUG"})
 """Variables that are not settings: where downloads are kept, and tracebacks."""
 
 
+def _variable(key: str) -> str:
+    return _PREFIX + key.upper().replace(".", "__")
+
+
 def _check_environment() -> None:
     known = set(keys())
     for key in _environment():
         if key not in known:
-            variable = _PREFIX + key.upper().replace(".", "__")
-            names = [_PREFIX + name.upper().replace(".", "__") for name in known]
             raise HestError(
-                f"unknown environment variable {variable}{_nearest(variable, names)}",
+                f"unknown environment variable {_variable(key)}"
+                + _nearest(_variable(key), [_variable(name) for name in known]),
                 "unset it, or use a key that `hestctl env --settings` lists",
                 Exit.USAGE,
             )
@@ -393,17 +467,24 @@ def _nearest(word: str, known: list[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
-def _origin(key: str, sources: Mapping[str, tuple[Mapping[str, Any], str]]) -> str:
-    return next((label for label, (values, _) in sources.items() if key in values), "default")
+def _origin(key: str, sources: Mapping[str, Mapping[str, Any]]) -> str:
+    return next((label for label, values in sources.items() if key in values), "default")
 
 
-def _explain(error: ValidationError, origins: Mapping[str, str]) -> HestError:
-    lines = []
+def _told(error: ValidationError, room: str | None = None, places: Mapping[str, str] | None = None) -> str:
+    """What is wrong, once for each key; ``places`` says where a key's value comes from."""
+    lines: dict[str, str] = {}
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
-        origin = origins.get(key, "default")
-        where = f" (from {origin})" if origin != "default" else ""
-        given = f", not {problem['input']!r}" if origin != "default" else ""
+        parts = [room, *(part for part in problem["loc"] if isinstance(part, str))]
+        key = ".".join(part for part in parts if part)
         text = problem["msg"].removeprefix("Value error, ")
-        lines.append(f"{key or 'settings'}: {text}{given}{where}")
-    return HestError("; ".join(lines), "`hestctl env --settings` shows every key and its origin", Exit.USAGE)
+        if not key:
+            lines[key] = text
+            continue
+        near = ""
+        if problem["type"] == "literal_error":
+            near = _nearest(str(problem["input"]), re.findall(r"'([^']*)'", problem["ctx"]["expected"]))
+        place = (places or {}).get(key)
+        given = "" if places is not None and place is None else f", not {problem['input']!r}"
+        lines.setdefault(key, f"{key}: {text}{given}{near}" + (f" (from {place})" if place else ""))
+    return "; ".join(lines.values())

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 from typing import Annotated
 
 import typer
 
 from hestctl import __version__
-from hestctl.errors import Exit, HestError
+from hestctl.errors import Exit, HestError, Interrupted
 
 app = typer.Typer(
     name="hestctl",
@@ -51,31 +56,69 @@ for _name in ("calibrate", "train", "harden", "profile", "compare", "runs", "env
     import_module(f"hestctl.cli.{_name}_command").register(app)
 
 
+_STOPS = {
+    signal.SIGINT: ("Ctrl-C", Exit.INTERRUPTED),
+    signal.SIGTERM: ("SIGTERM", Exit.TERMINATED),
+    signal.SIGUSR2: ("SIGUSR2", Exit.TERMINATED),
+}
+_AGAIN_S = 0.3
+
+
 def main() -> None:
     """Run the command line; every expected error is one message and its documented exit code."""
-    from hestctl.cli import out
-
     if not os.environ.get("HESTCTL_DEBUG"):
         # What libraries will change in their next version is for developers, not for users.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
+    caught: list[int] = []
     try:
-        app(standalone_mode=True)
-    except HestError as error:
+        with _signals(caught):
+            app()
+    except BaseException as error:
         if os.environ.get("HESTCTL_DEBUG"):
             raise
+        sys.exit(_ended(error, caught))
+
+
+@contextmanager
+def _signals(caught: list[int]) -> Iterator[None]:
+    """Make a signal an exception, and note it; a run at work has handlers of its own that save first."""
+
+    def stop(signum: int, _frame: FrameType | None) -> None:
+        if signum in _STOPS:
+            caught.append(signum)
+        # Raised again until it ends the program: libraries being imported swallow exceptions.
+        signal.setitimer(signal.ITIMER_REAL, _AGAIN_S)
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (*_STOPS, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(error: BaseException, caught: Sequence[int]) -> int | str | None:
+    """Tell the user what ended the program, in one message; returns the exit code."""
+    from hestctl.cli import out
+
+    if isinstance(error, Interrupted) or (isinstance(error, HestError) and not caught):
         out.problem(error.message, error.hint)
-        sys.exit(int(error.exit_code))
-    except KeyboardInterrupt:
-        out.problem("stopped by Ctrl-C", None)
-        sys.exit(int(Exit.INTERRUPTED))
-    except BrokenPipeError:
-        # The reader has gone: nothing more can be said on stdout, and Python must not try at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(int(Exit.FAILED))
-    except Exception as error:
-        if os.environ.get("HESTCTL_DEBUG"):
-            raise
+        return int(error.exit_code)
+    done = isinstance(error, SystemExit) and error.code != Exit.INTERRUPTED
+    if caught and not done:
+        # Whatever the error: some libraries turn the exception of a signal into one of their own.
+        name, code = _STOPS[signal.Signals(caught[0])]
+        out.problem(f"stopped by {name}", None)
+        return int(code)
+    if isinstance(error, SystemExit):
+        return error.code
+    if isinstance(error, OSError) and error.strerror:
+        place = f" ({error.filename})" if error.filename else ""
+        out.problem(f"{error.strerror}{place}", "check that path, its permissions and the space there")
+    else:
         text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        out.problem(text, "--debug before the command shows where it happened; the run's folder is kept")
-        sys.exit(int(Exit.FAILED))
+        out.problem(text, f"to see where: hestctl --debug {shlex.join(sys.argv[1:])}")
+    return int(Exit.FAILED)

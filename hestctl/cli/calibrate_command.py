@@ -73,13 +73,14 @@ def calibrate(
         caption=table.verdict(),
     )
     missing = done.certificate["missing"]
-    facts = [
-        (key, _told(value, missing.get(key)))
-        for key, value in done.certificate.items()
-        if key not in ("missing", "warnings")
-    ]
-    facts += [("warning", warning) for warning in done.certificate["warnings"]]
-    out.table("certificate of the meter", ("figure", "value"), facts)
+    facts: dict[str, list[str]] = {}
+    for key, value in done.certificate.items():
+        if key not in ("missing", "warnings"):
+            # Figures that are missing for one reason share a row.
+            facts.setdefault(_told(value, missing.get(key)), []).append(key)
+    told = [("\n".join(keys), value) for value, keys in facts.items()]
+    told += [("warning", warning) for warning in done.certificate["warnings"]]
+    out.table(f"certificate of the meter ({table.kind})", ("figure", "value"), told, left=2)
 
 
 def _told(value: object, why: str | None) -> str:

@@ -37,4 +37,4 @@ def env(
         return
     for section, facts in found.items():
         rows = [(key, "-" if value is None else str(value)) for key, value in facts.items()]
-        out.table(section, ("what", "found"), rows)
+        out.table(section, ("what", "found"), rows, left=2)

@@ -11,3 +11,7 @@ def number(value: float | None, digits: int) -> str:
 def joules(value: float | None, kind: str) -> str:
     """Joules with the word that says how they were had: measured, estimated or predicted."""
     return "not measured" if value is None else f"{value:,.4g} J ({kind})"
+
+
+def seconds(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g} s"

@@ -72,6 +72,7 @@ def harden(
                 "emax_j": done.plan.emax_j,
                 "emax_origin": done.plan.emax_origin,
                 "energy_kind": done.plan.energy_kind,
+                "scope_energy_kind": "predicted",
                 "hardened_over_emax": done.run.hardened_ratio,
                 "plan": {**done.plan.as_dict(), "certificate": done.plan.certificate()},
             }
@@ -87,10 +88,9 @@ def _show(done: Hardened, explain: bool) -> None:
     if plan.emax_j is None or energies is None:
         out.text(f"{done.run.run_id}: {plan.method} has no budget; its gates are fixed as they decide")
     else:
-        word = f"predicted, from {plan.energy_kind} costs"
         out.table(
-            f"{done.run.run_id}: energy a sample in scope {plan.scope} ({word})",
-            ("figure", "J", "of E_max"),
+            f"{done.run.run_id}: energy a sample in scope {plan.scope}, from {plan.energy_kind} costs",
+            ("figure", "J (predicted)", "of E_max"),
             [
                 (name, f"{value:.4g}", f"{value / plan.emax_j:.3f}")
                 for name, value in (
@@ -105,7 +105,7 @@ def _show(done: Hardened, explain: bool) -> None:
         )
         out.table(
             "certificate: no sample of this many token positions spends more",
-            ("tokens", "bound J", "of E_max", "directions affordable"),
+            ("tokens", "bound J (predicted)", "of E_max", "directions affordable"),
             [
                 (
                     f"{row['length_tokens']:,}",
@@ -121,7 +121,7 @@ def _show(done: Hardened, explain: bool) -> None:
             "layers",
             ("layer", "share of budget", "directions, most important first"),
             [
-                (str(layer), f"{100 * share:.1f} %", " ".join(map(str, order)))
+                (str(layer), f"{100 * share:.1f} %", " ".join(f"{i:2d}" for i in order))
                 for layer, (share, order) in enumerate(zip(plan.pace, plan.order, strict=True))
             ],
             caption=f"repair shifted all thresholds by {plan.shift:+.3f} spreads of their layer's scores",

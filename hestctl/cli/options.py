@@ -59,8 +59,21 @@ def resolve(profile: str, sets: list[str] | None, **flags: Any) -> Resolved:
     from hestctl.settings import load
 
     values = {name.replace("__", "."): value for name, value in flags.items()}
-    values |= assignments(sets)
-    return load(profile, values)
+    names = {key: _TYPED.get(key) or "--" + key.split(".")[-1].replace("_", "-") for key in values}
+    assigned = assignments(sets)
+    return load(profile, values | assigned, names | dict.fromkeys(assigned, "--set"))
+
+
+_TYPED = {
+    "method.name": "--method",
+    "budget.emax_j": "--emax",
+    "backbone.name": "--backbone",
+    "data.source": "--data",
+    "train.learning_rate": "--lr",
+    "train.gate_learning_rate": "--gate-lr",
+    "profile.batch_sizes": "--batch-size",
+}
+"""Flags that are not called like their key."""
 
 
 def assignments(sets: list[str] | None) -> dict[str, Any]:

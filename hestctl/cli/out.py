@@ -14,15 +14,19 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 _PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe, where there is no terminal to ask."""
+
+_BAR_FROM = 110
+"""Columns of a terminal in which there is room for a bar beside the figures."""
 
 _PLAIN_EVERY_S = 10.0
 
@@ -139,14 +143,17 @@ def reporting(quiet: bool = False) -> Iterator[Reporter]:
     if quiet or not console.is_terminal:
         yield _Quiet(None) if quiet else Reporter(None)
         return
-    columns = (
+    # The figures take what the others leave, and are cut where that is too little.
+    figures = TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True))
+    columns: list[ProgressColumn] = [
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
+        figures,
+    ]
+    if console.width >= _BAR_FROM:
+        columns.insert(1, BarColumn(bar_width=16))
+    with Progress(*columns, console=console, transient=True, expand=True) as bars:
         yield Reporter(bars)
 
 

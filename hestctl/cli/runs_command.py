@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,30 +42,30 @@ def list_(
     if json:
         out.document({"runs": [_document(run) for run in runs]})
         return
-    rows = [
-        (
-            run.run_id,
-            run.status,
-            run.created_at[:16].replace("T", " "),
-            _figure(run.summary.get("rouge_lsum"), 1),
-            _figure(run.summary.get("energy_j_per_sample"), 2),
-            run.energy_kind or "-",
-        )
-        for run in runs
-    ]
-    headers = ("run", "status", "created (UTC)", "R-Lsum", "J a sample", "joules are")
-    out.table(f"runs in {store.db}", headers, rows)
+    if not runs:
+        out.note(f"no such run in {store.db}; hestctl train --db {store.db} records one")
+        return
+    headers = ("run", "status", "R-Lsum", "energy a sample")
+    out.table(f"runs in {store.db}", headers, [_row(run) for run in runs], left=2)
 
 
-def _figure(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:,.{digits}f}"
+def _row(run: Run) -> tuple[str, str, str, str]:
+    from hestctl.cli.figures_text import joules
+
+    rouge, energy_j = run.summary.get("rouge_lsum"), run.summary.get("energy_j_per_sample")
+    return (
+        run.run_id,
+        run.status,
+        "-" if rouge is None or run.weights == "random" else f"{rouge:.1f}",
+        "-" if energy_j is None else joules(energy_j, run.energy_kind or "none"),
+    )
 
 
 @_runs.command()
 def show(
     run_id: Annotated[str, typer.Argument(help="The run.")], db: o.DbOption = None, json: o.JsonOption = False
 ) -> None:
-    """Everything recorded of one run, but its samples and steps."""
+    """What is recorded of one run, but its samples and steps; --json has its settings too."""
     from hestctl.cli import out
     from hestctl.store.queries import get_run
 
@@ -74,9 +75,33 @@ def show(
     if json:
         out.document(document)
         return
-    rows = [(key, "-" if value is None else str(value)) for key, value in document.items()]
-    out.table(run.run_id, ("field", "value"), rows)
+    rows = [
+        (key, f"{_told(value)}{_kind(key, run)}")
+        for key, value in _flatten(document)
+        if value is not None and not key.startswith("settings.")
+    ]
+    out.table(run.run_id, ("field", "value"), rows, left=2)
     out.text(f"folder: {store.folder(run.run_id).path}")
+
+
+def _flatten(document: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _told(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _kind(key: str, run: Run) -> str:
+    """How the joules of a field were had; nothing for other fields."""
+    words = key.split(".")[-1].split("_")
+    if "j" not in words:
+        return ""
+    return " (predicted)" if {"emax", "scope"} & set(words) else f" ({run.energy_kind})"
 
 
 @_runs.command()
@@ -102,6 +127,8 @@ def verify(db: o.DbOption = None) -> None:
     from hestctl.errors import Exit, HestError
 
     store = _store(db)
+    if not store.db.exists() and not store.root.exists():
+        raise HestError(f"there is no store {store.db}", f"hestctl train --db {store.db}", Exit.USAGE)
     found = store.verify()
     if found:
         raise HestError(

@@ -36,8 +36,12 @@ def show_settings(resolved: Resolved, settings: Settings, *, json: bool) -> None
     rows = [(key, _told(value), origins[key]) for key, value in flat.items()]
     out.table("settings", ("key", "value", "origin"), rows, left=3)
     if estimate is not None:
-        out.text(f"backbone: {estimate[0]:,} parameters, {estimate[1] / 2**30:.2f} GiB")
+        out.text(f"backbone: {estimate[0]:,} parameters, {_size(estimate[1])} of weights in memory")
     out.text(f"store: {settings.db.absolute()}; run folders: {root}")
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:,.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:,.1f} MiB"
 
 
 def _told(value: object) -> str:

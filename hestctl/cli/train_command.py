@@ -119,12 +119,15 @@ def train(
         return
     if run is not None and not resume:
         raise HestError("--run names a run to go on with", "add --resume", Exit.USAGE)
+    searching = settings.search.trials > 0 and not trial
+    if resume and searching:
+        raise HestError("a search cannot be resumed, only a run", "leave out --trials", Exit.USAGE)
     from hestctl.workflows.search import search
     from hestctl.workflows.train import Resume, train
 
     store = Store(settings.db)
     with out.reporting(quiet) as progress:
-        if settings.search.trials > 0 and not trial:
+        if searching:
             done = search(settings, store, progress)
         else:
             resuming = Resume(run, force) if resume else None
@@ -151,12 +154,16 @@ TRIAL = {
 
 def as_json(run: Run) -> dict[str, Any]:
     """The run's outcome, units in the keys; null is "not measured"."""
-    s = run.summary
+    s = dict(run.summary)
+    if run.weights == "random":
+        s |= dict.fromkeys((*_ROUGE, "accuracy", "nll_per_token"))
     return {
         "run_id": run.run_id,
         "status": run.status,
         "method": run.method,
         "scope": run.scope,
+        "backbone": run.backbone,
+        "weights": run.weights,
         "dataset": run.dataset,
         "samples": s.get("samples"),
         "rouge_lsum": s.get("rouge_lsum"),
@@ -188,17 +195,19 @@ def as_json(run: Run) -> dict[str, Any]:
 def show(run: Run, db: object) -> None:
     """The run's outcome for a reader."""
     from hestctl.cli import out
-    from hestctl.cli.figures_text import joules, number
+    from hestctl.cli.figures_text import joules, number, seconds
 
     s, kind = run.summary, run.energy_kind or "none"
     rows = [("ROUGE-Lsum / L / 1 / 2", " / ".join(number(s.get(k), 1) for k in _ROUGE))]
     if s.get("accuracy") is not None:
         rows = [("accuracy", number(100 * s["accuracy"], 1) + " %")]
+    rows.append(("answer likelihood", number(s.get("nll_per_token"), 3) + " nats a token"))
+    if run.weights == "random":
+        rows = [("quality", "not measured: random weights say nothing of it")]
     rows += [
-        ("answer likelihood", number(s.get("nll_per_token"), 3) + " nats a token"),
         ("energy a sample", joules(s.get("energy_j_per_sample"), kind)),
         ("new tokens a sample", number(s.get("new_tokens_per_sample"), 1)),
-        ("latency p50 / p99", f"{number(s.get('latency_p50_s'), 2)} / {number(s.get('latency_p99_s'), 2)} s"),
+        ("latency p50 / p99", f"{seconds(s.get('latency_p50_s'))} / {seconds(s.get('latency_p99_s'))}"),
         ("training", joules(run.train_energy_j, kind)),
         (
             "parameters",
@@ -207,14 +216,15 @@ def show(run: Run, db: object) -> None:
     ]
     if run.emax_j is not None:
         rows += [
-            ("budget E_max", f"{run.emax_j:.4g} J a sample, scope {run.scope} ({run.emax_origin})"),
+            ("budget E_max", f"{joules(run.emax_j, 'predicted')} a sample in scope {run.scope}"),
+            ("E_max is", str(run.emax_origin)),
             (
                 "spent of it",
                 f"{joules(s.get('scope_energy_j_per_sample'), 'predicted')} from the logged states",
             ),
             ("over budget", f"{100 * (run.over_budget_share or 0):.0f} % of {s.get('samples')} samples"),
         ]
-    out.table(f"{run.run_id}: {run.method} on {run.dataset}", ("figure", "value"), rows, left=1)
+    out.table(f"{run.run_id}: {run.method} on {run.dataset}", ("figure", "value"), rows, left=2)
     out.text(f"next: hestctl compare --db {db}")
 
 

@@ -77,6 +77,14 @@ def latest_calibration(store: Store, key: str) -> dict[str, Any] | None:
     return None if found is None else dict(json.loads(found[0]))
 
 
+def calibration(store: Store, calibration_id: str) -> dict[str, Any] | None:
+    """The calibration document with this id, or None."""
+    query = "SELECT document FROM calibrations WHERE calibration_id = ? LIMIT 1"
+    with store.reading() as con:
+        found = con.execute(query, [calibration_id]).fetchone()
+    return None if found is None else dict(json.loads(found[0]))
+
+
 def connect(paths_or_globs: Sequence[str], lock_timeout_s: float = 30.0) -> DuckDBPyConnection:
     """An in-memory connection with a view of each table over all the stores named.
 

@@ -61,7 +61,8 @@ def _meter(settings: Settings) -> dict[str, Any]:
         try:
             counter = open_counter(meter, cuda_uuid=uuid, nominal_watts=settings.energy.nominal_watts)
         except HestError as error:
-            facts[meter] = f"not usable: {error.message}"
+            named_already = f"the meter '{meter}' cannot serve: "
+            facts[meter] = f"not usable: {error.message.removeprefix(named_already)}"
             continue
         if isinstance(counter, Unavailable):
             facts[meter] = f"not usable: {counter.reason}"

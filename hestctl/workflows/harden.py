@@ -21,11 +21,13 @@ from hestctl.training.checkpoint import load_tensors
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     budget_of,
+    check_reference,
     describe,
     energy_table,
     load_data,
     new_tuner,
     open_meter,
+    read_inputs,
     record_plan,
     save_hardened,
 )
@@ -47,8 +49,9 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
     """
     trained = trained_run(store, run_id)
     method = METHODS[settings.method.name]
+    splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
-    data = load_data(settings, backbone, progress)
+    data = load_data(settings, splits, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(settings, backbone, meter, data),
@@ -58,6 +61,7 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
             controller_parameters=trained.controller_parameters,
             adapter_parameters=trained.adapter_parameters,
         )
+        check_reference(settings, store, row)
         with recording(store, row) as recorder:
             table = energy_table(settings, backbone, meter, store, recorder, progress)
             tuner = new_tuner(settings.method, backbone, table.states, settings.train.seed)

@@ -18,7 +18,7 @@ from hestctl.runs import new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.setup import describe, load_data, load_hardened, open_meter
+from hestctl.workflows.setup import describe, load_data, load_hardened, open_meter, read_inputs
 from hestctl.workflows.summary import summarise
 
 
@@ -67,9 +67,10 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     nothing but the method. Raises HestError (usage) beyond the backbone's context.
     """
     p = settings.profile
+    splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
     _fits(backbone, p.seq_len + p.new_tokens)
-    data = load_data(settings, backbone, progress)
+    data = load_data(settings, splits, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         generator = Generator(backbone, None, None)
         if hardened is not None:

@@ -1,13 +1,13 @@
 """``train --trials N``: an Optuna search, then the best settings trained once more and recorded.
 
 Budgeted methods minimise joules per sample subject to ROUGE-Lsum of at least the baseline's, a
-constraint and not a penalty; the others maximise ROUGE-Lsum. Trials generate the validation split:
-the test split is seen once, by the final run.
+constraint and not a penalty; the others maximise ROUGE-Lsum. Labelled data have accuracy in its place.
+Trials generate the validation split: the test split is seen once, by the final run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,15 @@ from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.setup import describe, find_reference, load_data, load_hardened, open_meter
+from hestctl.workflows.setup import (
+    describe,
+    find_reference,
+    load_data,
+    load_hardened,
+    open_meter,
+    read_inputs,
+)
+from hestctl.workflows.summary import summarise
 from hestctl.workflows.train import train
 
 if TYPE_CHECKING:
@@ -35,10 +43,12 @@ def search(settings: Settings, store: Store, progress: Progress) -> Run:
     stored. Raises HestError when no trial was feasible.
     """
     import optuna
+    from optuna.exceptions import TrialPruned
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     s = settings
     budgeted = METHODS[s.method.name].budgeted
+    failures: list[str] = []
     row, floor = _start(s, store, progress, budgeted)
     with recording(store, row) as recorder:
         study = optuna.create_study(
@@ -51,13 +61,19 @@ def search(settings: Settings, store: Store, progress: Progress) -> Run:
         def objective(trial: Trial) -> float:
             recorder.check()
             tried = _suggest(trial, s, budgeted)
-            progress.note(f"trial {trial.number + 1} of {s.search.trials}: {trial.params}")
-            run = train(tried, store, progress, trial_of=recorder.run.run_id)
-            figures = {**run.summary, "energy_kind": run.energy_kind}
-            rouge = figures["rouge_lsum"]
-            trial.set_user_attr("rouge_lsum", rouge)
-            trial.set_user_attr("shortfall", 0.0 if floor is None else floor - rouge)
-            return float(_objective_j(figures) if budgeted else rouge)
+            progress.note(f"trial {trial.number + 1} of {s.search.trials}: {_told(trial.params)}")
+            try:
+                run = train(tried, store, progress, trial_of=recorder.run.run_id)
+            except HestError as error:
+                # A trial that diverges, or does not fit into memory, says something of its settings alone.
+                if error.exit_code != Exit.FAILED:
+                    raise
+                progress.note(f"trial {trial.number + 1} failed: {error.message}")
+                failures.append(error.message)
+                raise TrialPruned(error.message) from error
+            score = _score(run.summary)
+            trial.set_user_attr("shortfall", 0.0 if floor is None else floor - score)
+            return _objective_j(run) if budgeted else score
 
         study.optimize(
             objective,
@@ -66,16 +82,18 @@ def search(settings: Settings, store: Store, progress: Progress) -> Run:
             callbacks=[_record(recorder)],
         )
         feasible = [t for t in study.trials if t.value is not None and max(_constraint(t)) <= 0]
+        if len(failures) == len(study.trials):
+            raise HestError(f"all {len(failures)} trials failed, the last one: {failures[-1]}")
         if not feasible:
             raise HestError(
-                f"none of {len(study.trials)} trials reached the baseline's ROUGE-Lsum of {floor:.2f}",
-                "more --trials, or a larger --emax-ratio",
+                f"none of {len(study.trials)} trials reached the baseline's score of {floor:.2f} points",
+                f"more --trials, or larger budgets: --set search.emax_ratio={s.search.emax_ratio[1]:g},1.0",
                 Exit.OVER_BUDGET,
             )
         pick: Callable[..., FrozenTrial] = min if budgeted else max
         best = pick(feasible, key=lambda t: t.value or 0.0)
         recorder.run.summary = {**recorder.run.summary, "best_trial": best.number, **best.params}
-    progress.note(f"best trial {best.number + 1}: {best.params}; training it once more")
+    progress.note(f"best trial {best.number + 1}: {_told(best.params)}; training it once more")
     return train(with_values(s, best.params), store, progress)
 
 
@@ -92,9 +110,10 @@ def _suggest(trial: Trial, s: Settings, budgeted: bool) -> Settings:
                 "method.controller_width", space.controller_width
             ),
             "method.tau": trial.suggest_float("method.tau", *space.tau),
-            "budget.emax_ratio": trial.suggest_float("budget.emax_ratio", *space.emax_ratio),
             "budget.alpha": trial.suggest_float("budget.alpha", *space.alpha, log=True),
         }
+        if s.budget.emax_j is None:
+            values["budget.emax_ratio"] = trial.suggest_float("budget.emax_ratio", *space.emax_ratio)
     return with_values(s, values)
 
 
@@ -103,20 +122,30 @@ def _constraint(trial: FrozenTrial) -> tuple[float]:
     return (float(trial.user_attrs.get("shortfall", 1.0)),)
 
 
-def _objective_j(figures: dict[str, Any]) -> float:
+def _objective_j(run: Run) -> float:
     """Joules per sample: the meter's where it measures, else those of the budget's scope."""
-    if figures["energy_kind"] == "measured" and figures["energy_j_per_sample"] is not None:
-        return float(figures["energy_j_per_sample"])
-    return float(figures["scope_energy_j_per_sample"])
+    measured = run.energy_kind == "measured" and run.summary["energy_j_per_sample"] is not None
+    return float(run.summary["energy_j_per_sample" if measured else "scope_energy_j_per_sample"])
+
+
+def _score(summary: Mapping[str, Any]) -> float:
+    """Quality in points: ROUGE-Lsum, or accuracy where the data have labels."""
+    accuracy = summary["accuracy"]
+    return float(summary["rouge_lsum"] if accuracy is None else 100 * accuracy)
+
+
+def _told(params: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in params.items())
 
 
 def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tuple[Run, float | None]:
-    """The row of the search, and the ROUGE-Lsum of the TABS reference on the validation split.
+    """The row of the search, and the score of the TABS reference on the validation split.
 
     Raises HestError (usage) where there is no reference run: a constraint needs a number.
     """
+    splits = read_inputs(s, store)
     backbone = load_backbone(s.backbone, seed=s.train.seed, progress=progress.note)
-    data = load_data(s, backbone, progress)
+    data = load_data(s, splits, backbone, progress)
     with open_meter(s.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(s, backbone, meter, data),
@@ -144,9 +173,8 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
             progress=progress,
             check=_no_stop,
         )
-    scores = [sample.rouge_lsum or 0.0 for sample in result.samples]
-    floor = sum(scores) / len(scores)
-    progress.note(f"baseline: ROUGE-Lsum {floor:.2f} of {reference.run_id} on the validation split")
+    floor = _score(summarise(result.samples))
+    progress.note(f"baseline: {floor:.2f} points by {reference.run_id} on the validation split")
     return row, floor
 
 
@@ -159,7 +187,7 @@ def _record(recorder: Recorder) -> Callable[[Any, FrozenTrial], None]:
         recorder.trial(
             {
                 "number": trial.number,
-                "state": trial.state.name.lower(),
+                "state": "failed" if trial.value is None else "complete",
                 "value": trial.value,
                 "feasible": max(_constraint(trial)) <= 0,
                 "params": trial.params,

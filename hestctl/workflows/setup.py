@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import ENGINE, Generator
 from hestctl.hardening.plan import Plan, read_plan
-from hestctl.model.backbone import Backbone
+from hestctl.model.backbone import Backbone, resolve_device
 from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
 from hestctl.records import Run
@@ -46,13 +47,31 @@ class Data:
     test: list[Encoded]
 
     @property
+    def identity(self) -> str:
+        """SHA-256 over the texts and how they were cut into tokens: equal means the same work."""
+        digest = hashlib.sha256(self.splits.data_hash.encode())
+        for row in self.test:
+            digest.update(repr((row.sample_id, row.prompt_ids, row.answer_ids)).encode())
+        return digest.hexdigest()
+
+    @property
     def labels(self) -> tuple[str, ...]:
         return self.splits.labels
 
 
-def load_data(settings: Settings, backbone: Backbone, progress: Progress) -> Data:
-    """Load and encode the splits; truncation is reported, not hidden."""
-    splits = load_splits(settings.data, seed=0)  # data is the same for every training seed
+def read_inputs(settings: Settings, store: Store) -> Splits:
+    """The data; and a look at the meter and the store: what fails should not wait for the backbone.
+
+    Raises HestError: usage for data that cannot be used, no device for a meter demanded that is not
+    there, store for one that is locked, newer or damaged.
+    """
+    queries.list_runs(store, limit=1)
+    find_counter(settings.energy, resolve_device(settings.backbone.device))
+    return load_splits(settings.data, seed=0)  # data is the same for every training seed
+
+
+def load_data(settings: Settings, splits: Splits, backbone: Backbone, progress: Progress) -> Data:
+    """Encode the splits for this backbone; truncation is reported, not hidden."""
     encoded = {
         name: encode(
             getattr(splits, name),
@@ -129,7 +148,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
         backbone=backbone.name,
         weights=backbone.weights,
         dataset=None if data is None else data.splits.name,
-        data_hash=None if data is None else data.splits.data_hash,
+        data_hash=None if data is None else data.identity,
         dtype=str(backbone.dtype).removeprefix("torch."),
         engine=ENGINE,
         num_beams=settings.generation.num_beams,
@@ -155,10 +174,17 @@ def energy_table(
     progress: Progress,
     *,
     renew: bool = False,
+    resumed: Run | None = None,
 ) -> EnergyTable:
-    """The stored table that fits this device, shape and software, or one measured on the way."""
+    """The stored table that fits this device, shape and software, or one measured on the way.
+
+    A ``resumed`` run keeps its own, so that it goes on with the prices it began with.
+    """
     key = table_key(backbone, settings.method, meter)
     stored = None if renew else queries.latest_calibration(store, key)
+    if resumed is not None and resumed.calibration_id is not None:
+        own = queries.calibration(store, resumed.calibration_id)
+        stored = own if own is not None and own["key"] == key else stored
     if stored is not None:
         table = EnergyTable.from_dict(stored["table"])
         progress.note(f"energy table {table.calibration_id} ({table.kind}): {table.verdict()}")
@@ -178,6 +204,13 @@ def energy_table(
         progress.note(f"energy table {table.calibration_id}, {table.kind} now: {table.verdict()}")
     recorder.run.calibration_id = table.calibration_id
     return table
+
+
+def check_reference(settings: Settings, store: Store, run: Run) -> None:
+    """Refuse a reference that cannot serve before the run begins. Raises HestError (usage)."""
+    needed = METHODS[settings.method.name].budgeted and settings.budget.emax_j is None
+    if needed and settings.budget.reference is not None:
+        find_reference(store, run, settings.budget.reference)
 
 
 def find_reference(store: Store, run: Run, wanted: str | None) -> Reference | None:
@@ -272,13 +305,31 @@ def budget_of(
     data: Data,
     table: EnergyTable,
     progress: Progress,
+    resumed: Run | None = None,
 ) -> Budget:
-    """E_max with its origin, written into the run and told. Raises HestError (usage) without a budget."""
-    s, run = settings, recorder.run
+    """E_max with its origin, written into the run and told. Raises HestError (usage) without a budget.
+
+    A ``resumed`` run keeps its own, even where a later tabs run would give another.
+    """
+    if resumed is not None and "budget" in resumed.summary:
+        budget = Budget(**resumed.summary["budget"])
+    else:
+        budget = _new_budget(settings, store, recorder.run, backbone, data, table)
+    run = recorder.run
+    run.emax_j, run.emax_ratio, run.emax_origin = budget.emax_j, budget.ratio, budget.origin
+    run.summary = {**run.summary, "budget": asdict(budget)}
+    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter ({table.kind}; {budget.origin})")
+    return budget
+
+
+def _new_budget(
+    settings: Settings, store: Store, run: Run, backbone: Backbone, data: Data, table: EnergyTable
+) -> Budget:
+    s = settings
     reference = find_reference(store, run, s.budget.reference) if s.budget.emax_j is None else None
     prompts = [len(row.prompt_ids) for row in data.test]
     mean_work = s.generation.num_beams * (sum(prompts) / len(prompts) + s.generation.new_tokens)
-    budget = resolve_budget(
+    return resolve_budget(
         emax_j=s.budget.emax_j,
         emax_ratio=s.budget.emax_ratio,
         reference=reference,
@@ -287,9 +338,6 @@ def budget_of(
         max_new_tokens=s.generation.new_tokens,
         num_beams=s.generation.num_beams,
     )
-    run.emax_j, run.emax_ratio, run.emax_origin = budget.emax_j, budget.ratio, budget.origin
-    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter ({table.kind}; {budget.origin})")
-    return budget
 
 
 def save_hardened(folder: Path, tuner: Tuner, plan: Plan | None) -> None:
