@@ -18,6 +18,9 @@ import pytest
 TINY = ("--backbone", "tiny", "--weights", "random", "--set", "energy.calibration_s=0.004")
 """The random tiny Llama; shorter windows of calibration, for nothing here depends on their joules."""
 
+ESTIMATED = {"HESTCTL_BACKBONE__DEVICE": "cpu", "HESTCTL_ENERGY__METER": "estimate"}
+"""What every command here finds in its environment: no GPU and no counter, whatever the machine has."""
+
 TRIAL = (*TINY, "--trial", "--set", "data.test_samples=2", "--new-tokens", "4")
 
 
@@ -69,7 +72,7 @@ def run_cli(folder: Path, *arguments: str, environment: dict[str, str] | None = 
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("HESTCTL_")]:
             patch.delenv(name)
-        for name, value in (environment or {}).items():
+        for name, value in {**ESTIMATED, **(environment or {})}.items():
             patch.setenv(name, value)
         patch.setattr(sys, "argv", ["hestctl", *arguments])
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -111,6 +114,9 @@ def _child(
     from hestctl.cli.app import main
 
     torch.set_num_threads(1)
+    for name in [name for name in os.environ if name.startswith("HESTCTL_")]:
+        del os.environ[name]
+    os.environ |= ESTIMATED
     os.chdir(folder)
     for name, descriptor in (("child.out", 1), ("child.err", 2)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)

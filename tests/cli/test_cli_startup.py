@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_tools import Study, run_cli
+from cli_tools import ESTIMATED, Study, run_cli
 
 import hestctl
 from hestctl.errors import Exit
@@ -111,11 +111,12 @@ def test_dry_run_shows_every_setting_with_its_origin_and_writes_nothing(tmp_path
 
 
 def test_env_looks_and_writes_nothing(tmp_path: Path) -> None:
-    document = run_cli(tmp_path, "env", "--json", environment={"HESTCTL_TRAIN__SEED": "3"}).document
+    seed = {"HESTCTL_TRAIN__SEED": "3"}
+    document = run_cli(tmp_path, "env", "--json", environment=seed).document
     assert document["versions"]["hestctl"] == hestctl.__version__
     assert document["meter"]["estimate"].startswith("estimated: ")
     assert document["store"]["runs"] == "no store yet"
-    assert document["environment"] == {"HESTCTL_TRAIN__SEED": "3"}
+    assert document["environment"] == ESTIMATED | seed
     assert run_cli(tmp_path, "env").code == 0
     assert run_cli(tmp_path, "env", "--settings").code == 0
     assert list(tmp_path.iterdir()) == []

@@ -290,7 +290,11 @@ def test_revision_of_a_folder_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["smollm2-135", "nope", "a/b/c", "../x", "./missing/folder", "http://x/y", "x/y.gguf", ""]
 )
-def test_unknown_names_are_refused_without_asking_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_names_are_refused_without_asking_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(module, "HfApi", lambda: pytest.fail("asked the hub"))
     for call in (load_backbone, parameter_estimate):
         with pytest.raises(HestError, match="no backbone called") as caught:
