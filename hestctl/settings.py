@@ -272,7 +272,7 @@ def of_run(resolved: Resolved, document: Mapping[str, Any]) -> Settings:
     """
     own = ("energy.", "profile.", "search.", "db")
     recorded = from_document(document)
-    told = dict(_flatten(resolved.settings.model_dump()))
+    told = dict(flatten(resolved.settings.model_dump()))
     changes = {
         key: told[key]
         for key, origin in resolved.origins.items()
@@ -322,7 +322,7 @@ def load(
     sources: dict[str, Mapping[str, Any]] = {
         "flag": given,
         "environment": _environment(),
-        f"profile {profile}": dict(_flatten(table)),
+        f"profile {profile}": dict(flatten(table)),
     }
 
     def where(key: str) -> str:
@@ -405,10 +405,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise HestError(f"{path} is not valid TOML: {error}", "mend that line", Exit.USAGE) from None
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested tables."""
     for name, value in table.items():
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from flatten(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

@@ -14,4 +14,5 @@ def joules(value: float | None, kind: str) -> str:
 
 
 def seconds(value: float | None) -> str:
+    """Seconds in three digits, or "not measured"."""
     return "not measured" if value is None else f"{value:.3g} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -67,6 +66,7 @@ def show(
 ) -> None:
     """What is recorded of one run, but its samples and steps; --json has its settings too."""
     from hestctl.cli import out
+    from hestctl.settings import flatten
     from hestctl.store.queries import get_run
 
     store = _store(db)
@@ -77,19 +77,11 @@ def show(
         return
     rows = [
         (key, f"{_told(value)}{_kind(key, run)}")
-        for key, value in _flatten(document)
+        for key, value in flatten(document)
         if value is not None and not key.startswith("settings.")
     ]
     out.table(run.run_id, ("field", "value"), rows, left=2)
     out.text(f"folder: {store.folder(run.run_id).path}")
-
-
-def _flatten(document: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _told(value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hestctl.cli import out
 
@@ -13,10 +13,11 @@ if TYPE_CHECKING:
 def show_settings(resolved: Resolved, settings: Settings, *, json: bool) -> None:
     """Print every key with its value and origin, the memory estimate, and where results would go."""
     from hestctl.model.backbone import parameter_estimate
+    from hestctl.settings import flatten
     from hestctl.store.store import Store
 
-    flat = dict(_flatten(settings.model_dump(mode="json")))
-    asked = dict(_flatten(resolved.settings.model_dump(mode="json")))
+    flat = dict(flatten(settings.model_dump(mode="json")))
+    asked = dict(flatten(resolved.settings.model_dump(mode="json")))
     origins = {
         key: resolved.origins[key] if value == asked[key] else "--trial" for key, value in flat.items()
     }
@@ -46,13 +47,3 @@ def _size(size_bytes: int) -> str:
 
 def _told(value: object) -> str:
     return "-" if value is None else str(value)
-
-
-def _flatten(table: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        if isinstance(value, dict):
-            pairs += _flatten(value, f"{prefix}{name}.")
-        else:
-            pairs.append((prefix + name, value))
-    return pairs

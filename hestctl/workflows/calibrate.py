@@ -34,7 +34,7 @@ def calibrate(settings: Settings, store: Store, progress: Progress) -> Calibrate
 
     Raises HestError (no device) when a meter was demanded that is not there, or gives no joules.
     """
-    backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
     counter = find_counter(settings.energy, backbone.device)
     # Before the meter opens: its own polling would spoil the check of what polling does.
     progress.note("certifying the meter")

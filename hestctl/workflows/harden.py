@@ -50,7 +50,7 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
     trained = trained_run(store, run_id)
     method = METHODS[settings.method.name]
     splits = read_inputs(settings, store)
-    backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
     data = load_data(settings, splits, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         row = replace(

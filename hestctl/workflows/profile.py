@@ -68,7 +68,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     """
     p = settings.profile
     splits = read_inputs(settings, store)
-    backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
     _fits(backbone, p.seq_len + p.new_tokens)
     data = load_data(settings, splits, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:

@@ -144,7 +144,7 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
     Raises HestError (usage) where there is no reference run: a constraint needs a number.
     """
     splits = read_inputs(s, store)
-    backbone = load_backbone(s.backbone, seed=s.train.seed, progress=progress.note)
+    backbone = load_backbone(s.backbone, progress=progress.note)
     data = load_data(s, splits, backbone, progress)
     with open_meter(s.energy, backbone.device, store, progress) as meter:
         row = replace(

@@ -79,7 +79,7 @@ def train(
     if old is not None and resuming is not None:
         _changes(old, settings, None, force=resuming.force)  # what is refused should not wait
     splits = read_inputs(settings, store)
-    backbone = load_backbone(settings.backbone, seed=settings.train.seed, progress=progress.note)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
     data = load_data(settings, splits, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
