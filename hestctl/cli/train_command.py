@@ -117,6 +117,13 @@ def train(
     if dry_run:
         show_settings(resolved, settings, json=json)
         return
+    from hestctl.model.methods import METHODS
+
+    name = settings.method.name
+    if (emax_ratio is not None or emax is not None) and not METHODS[name].budgeted:
+        raise HestError(
+            f"{name} has no budget: --emax-ratio and --emax bind hest alone", "leave them out", Exit.USAGE
+        )
     if run is not None and not resume:
         raise HestError("--run names a run to go on with", "add --resume", Exit.USAGE)
     searching = settings.search.trials > 0 and not trial

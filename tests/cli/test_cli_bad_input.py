@@ -43,6 +43,7 @@ def refused(folder: Path, *arguments: str, code: Exit, says: tuple[str, ...]) ->
         (("--dtype", "float8"), ("backbone.dtype", "'float8'", "(from --dtype)")),
         (("--batch-size", "0"), ("train.batch_size", "(from --batch-size)")),
         (("--emax", "1", "--emax-ratio", "0.5"), ("budget.emax_ratio", "budget.emax_j")),
+        (("--emax-ratio", "0.6"), ("tabs has no budget", "leave them out")),
         (("--backbone", "tini"), ("'tini'", "did you mean 'tiny'?")),
         (("--weights", "pretrained"), ("'tiny' names an architecture, not trained weights",)),
         (("--max-tokens", "110"), ("data.max_tokens = 110",)),
