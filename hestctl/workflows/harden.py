@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from hestctl.budget import Budget
 from hestctl.errors import Exit, HestError
-from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import load_backbone
 from hestctl.model.methods import METHODS
@@ -24,12 +23,11 @@ from hestctl.workflows.setup import (
     check_reference,
     describe,
     energy_table,
+    harden_into,
     load_data,
     new_tuner,
     open_meter,
     read_inputs,
-    record_plan,
-    save_hardened,
 )
 
 
@@ -51,7 +49,7 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
     method = METHODS[settings.method.name]
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
-    data = load_data(settings, splits, backbone, progress)
+    data = load_data(settings, splits, backbone, progress, needed=("validation", "test"))
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(settings, backbone, meter, data),
@@ -66,22 +64,11 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
             table = energy_table(settings, backbone, meter, store, recorder, progress)
             tuner = new_tuner(settings.method, backbone, table.states, settings.train.seed)
             tuner.load(load_tensors(RunFolder(store.root, trained.run_id).path / ADAPTER_FILE))
-            assert tuner.spectral is not None
             budget: Budget | None = None
             if method.budgeted:
                 budget = budget_of(settings, store, recorder, backbone, data, table, progress)
-            plan = harden(
-                backbone,
-                tuner.spectral,
-                data.validation,
-                run_id=row.run_id,
-                method=settings.method.name,
-                table=table,
-                budget=budget,
-                margin=settings.budget.margin,
-            )
-            record_plan(plan, recorder, progress)
-            save_hardened(recorder.folder.path, tuner, plan)
+            plan = harden_into(recorder, settings, backbone, tuner, data, table, budget, progress)
+            assert plan is not None
     return Hardened(recorder.run, plan)
 
 
@@ -110,4 +97,4 @@ def trained_run(store: Store, run_id: str | None) -> Run:
             Exit.USAGE,
         )
     budgeted = [run for run in runs if METHODS[run.method or "base"].budgeted]
-    return max(budgeted or runs, key=lambda run: run.created_at)
+    return (budgeted or runs)[0]

@@ -70,7 +70,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
     _fits(backbone, p.seq_len + p.new_tokens)
-    data = load_data(settings, splits, backbone, progress)
+    data = load_data(settings, splits, backbone, progress, needed=("test",))
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         generator = Generator(backbone, None, None)
         if hardened is not None:

@@ -145,7 +145,7 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
     """
     splits = read_inputs(s, store)
     backbone = load_backbone(s.backbone, progress=progress.note)
-    data = load_data(s, splits, backbone, progress)
+    data = load_data(s, splits, backbone, progress, needed=("validation", "test"))
     with open_meter(s.energy, backbone.device, store, progress) as meter:
         row = replace(
             describe(s, backbone, meter, data),

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 
@@ -20,6 +19,7 @@ from hestctl.energy.protocol import Counter, Unavailable
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import ENGINE, Generator
+from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan, read_plan
 from hestctl.model.backbone import Backbone, resolve_device
 from hestctl.model.methods import METHODS, Tuner, build_tuner
@@ -70,9 +70,23 @@ def read_inputs(settings: Settings, store: Store) -> Splits:
     return load_splits(settings.data, seed=0)  # data is the same for every training seed
 
 
-def load_data(settings: Settings, splits: Splits, backbone: Backbone, progress: Progress) -> Data:
-    """Encode the splits for this backbone; truncation is reported, not hidden."""
-    encoded = {
+SPLITS = ("train", "validation", "test")
+
+
+def load_data(
+    settings: Settings,
+    splits: Splits,
+    backbone: Backbone,
+    progress: Progress,
+    *,
+    needed: tuple[str, ...] = SPLITS,
+) -> Data:
+    """Encode the ``needed`` splits for this backbone; truncation is reported, not hidden.
+
+    The others stay empty: a large training split takes minutes that only training should pay. The
+    test split is always needed, for it is part of the data's identity.
+    """
+    encoded: dict[str, list[Encoded]] = {
         name: encode(
             getattr(splits, name),
             backbone.tokenizer,
@@ -80,15 +94,17 @@ def load_data(settings: Settings, splits: Splits, backbone: Backbone, progress: 
             task=splits.task,
             labels=splits.labels,
         )
-        for name in ("train", "validation", "test")
+        if name in needed
+        else []
+        for name in SPLITS
     }
     for name, rows in encoded.items():
         cut = [row.truncated_tokens for row in rows if row.truncated_tokens]
         if cut:
             progress.note(f"{name}: {len(cut)} of {len(rows)} samples truncated, {sum(cut)} tokens left out")
     progress.note(
-        f"data: {splits.name}, {len(encoded['train'])} train, "
-        f"{len(encoded['validation'])} validation, {len(encoded['test'])} test"
+        f"data: {splits.name}, {len(splits.train)} train, "
+        f"{len(splits.validation)} validation, {len(splits.test)} test"
     )
     return Data(splits, encoded["train"], encoded["validation"], encoded["test"])
 
@@ -231,7 +247,7 @@ def find_reference(store: Store, run: Run, wanted: str | None) -> Reference | No
         return _reference(named)
     runs = queries.list_runs(store, command="train", method="tabs", status="finished")
     fit = [old for old in runs if not _differences(old, run)]
-    return _reference(max(fit, key=lambda old: old.created_at)) if fit else None
+    return _reference(fit[0]) if fit else None
 
 
 _SAME = ("backbone", "weights", "dtype", "data_hash", "num_beams", "batch_size", "max_new_tokens", "scope")
@@ -340,9 +356,38 @@ def _new_budget(
     )
 
 
-def save_hardened(folder: Path, tuner: Tuner, plan: Plan | None) -> None:
-    """Write the hardened tensors beside the plan."""
-    save_tensors(folder / HARDENED_FILE, tuner.state(), {"plan": "" if plan is None else plan.run_id})
+def harden_into(
+    recorder: Recorder,
+    settings: Settings,
+    backbone: Backbone,
+    tuner: Tuner,
+    data: Data,
+    table: EnergyTable,
+    budget: Budget | None,
+    progress: Progress,
+) -> Plan | None:
+    """Harden what was trained, and put plan, certificate and hardened tensors into the run.
+
+    A method without directions has no plan; LoRA's tensors are kept as they are.
+    """
+    plan = None
+    if tuner.spectral is not None:
+        progress.note("hardening on the validation split")
+        plan = harden(
+            backbone,
+            tuner.spectral,
+            data.validation,
+            run_id=recorder.run.run_id,
+            method=settings.method.name,
+            table=table,
+            budget=budget,
+            margin=settings.budget.margin,
+        )
+        record_plan(plan, recorder, progress)
+    if METHODS[settings.method.name].trained:
+        metadata = {"plan": "" if plan is None else plan.run_id}
+        save_tensors(recorder.folder.path / HARDENED_FILE, tuner.state(), metadata)
+    return plan
 
 
 def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str) -> Generator:

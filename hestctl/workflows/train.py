@@ -18,8 +18,6 @@ from hestctl.errors import Exit, HestError, Interrupted
 from hestctl.generation.engine import Generator
 from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
-from hestctl.hardening.harden import harden
-from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
 from hestctl.progress import Progress
@@ -43,12 +41,11 @@ from hestctl.workflows.setup import (
     check_reference,
     describe,
     energy_table,
+    harden_into,
     load_data,
     new_tuner,
     open_meter,
     read_inputs,
-    record_plan,
-    save_hardened,
 )
 from hestctl.workflows.summary import summarise
 
@@ -145,7 +142,7 @@ class _Work:
         if METHODS[s.method.name].trained:
             self._train(tuner, table, budget)
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
-        plan = self._harden(tuner, table, budget)
+        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
         self._evaluate(Generator(self.backbone, tuner.spectral, plan))
 
@@ -283,25 +280,6 @@ class _Work:
                 "tokens/s": metric.tokens_per_s,
             },
         )
-
-    def _harden(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> Plan | None:
-        plan = None
-        if tuner.spectral is not None:
-            self.progress.note("hardening on the validation split")
-            plan = harden(
-                self.backbone,
-                tuner.spectral,
-                self.data.validation,
-                run_id=self.recorder.run.run_id,
-                method=self.settings.method.name,
-                table=table,
-                budget=budget,
-                margin=self.settings.budget.margin,
-            )
-            record_plan(plan, self.recorder, self.progress)
-        if METHODS[self.settings.method.name].trained:
-            save_hardened(self.recorder.folder.path, tuner, plan)
-        return plan
 
     def _evaluate(self, generator: Generator) -> None:
         split = "test" if self.recorder.run.command == "train" else "validation"
