@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 EnergyKind = Literal["measured", "estimated", "none"]
 """``measured``: an energy counter of the device. ``estimated``: a model of the device (CPU time
-times nominal watts). ``none``: there is no number."""
+times nominal watts), or a counter trace that was replayed. ``none``: there is no number."""
 
 RunStatus = Literal["started", "finished", "failed", "interrupted"]
 
@@ -133,7 +133,10 @@ class Sample:
 
     ``energy_j`` is what the meter says of the whole generation (gross, J); ``scope_energy_j`` is
     what the budget counts: the joules of the directions that were applied, predicted from the
-    energy table and the log of states. ``latency_s`` is wall time of the sample's batch.
+    energy table and the log of states. ``prefill_j`` and ``decode_j`` divide ``energy_j`` in the
+    proportion of the energy model, which ``phase_method`` says; ``predicted_j`` is that model's own
+    figure for the sample. Joules and ``latency_s``, the wall time of the sample's batch, are means where
+    the batch was generated ``replicates`` times.
     """
 
     sample_id: str
@@ -156,6 +159,9 @@ class Sample:
     energy_reason: str | None = None
     prefill_j: float | None = None
     decode_j: float | None = None
+    phase_method: str | None = None
+    predicted_j: float | None = None
+    replicates: int = 1
     scope_energy_j: float | None = None
     emax_j: float | None = None
     directions_off: int | None = None

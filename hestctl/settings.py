@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +24,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from pydantic_settings import (
     BaseSettings,
     NoDecode,
@@ -45,8 +47,23 @@ def _listed(value: object) -> object:
     return tuple(value.strip("[] ").split(",")) if isinstance(value, str) else value
 
 
+def _counts(value: tuple[int, ...]) -> tuple[int, ...]:
+    if not value or min(value) < 1:
+        raise ValueError("takes whole numbers of at least 1, such as 1,4")
+    return value
+
+
+def _meter(value: str) -> str:
+    words = ("auto", "nvml", "rapl", "estimate", "none")
+    if value not in words and not re.fullmatch("replay:.+", value):
+        # What a Literal raises, so that the nearest word is named here as for every other choice.
+        choices = ", ".join(f"'{word}'" for word in words) + " or 'replay:FILE'"
+        raise PydanticKnownError("literal_error", {"expected": choices})
+    return value
+
+
 # NoDecode: pydantic-settings would take the environment's text for JSON, and name no key if it is not.
-Choices = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_listed)]
+Choices = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_listed), AfterValidator(_counts)]
 Range = Annotated[tuple[float, float], NoDecode, BeforeValidator(_listed)]
 
 
@@ -148,28 +165,35 @@ class GenerationSettings(_Section):
 
 
 class EnergySettings(_Section):
-    """The meter. ``nominal_watts`` is per busy core and serves the estimate alone."""
+    """The meter, and what ``calibrate`` measures with it.
 
-    meter: Literal["auto", "nvml", "rapl", "estimate", "none"] = "auto"
+    ``nominal_watts`` is per busy core and serves the estimate alone. Every figure of the energy table is
+    metered for five times ``calibration_s`` seconds at least, and until the meter's bound on it is within
+    ``calibration_precision``. ``lengths`` are prompt tokens; the meter's own check takes ``check_samples``
+    samples of known relative work.
+    """
+
+    meter: Annotated[str, AfterValidator(_meter)] = "auto"
     nominal_watts: float = Field(default=8.0, gt=0)
     poll_s: float = Field(default=0.005, gt=0, le=1)
     calibration_s: float = Field(default=0.3, gt=0, le=60)
+    calibration_precision: float = Field(default=0.02, gt=0, lt=1)
+    lengths: Choices = (64, 256, 512)
+    batch_sizes: Choices = (1,)
+    check_samples: int = Field(default=30, ge=4, le=1000)
 
 
 class ProfileSettings(_Section):
-    """What ``hestctl profile`` sweeps: lengths up to ``seq_len`` tokens."""
+    """What ``hestctl profile`` sweeps: lengths up to ``seq_len`` tokens.
+
+    A sample is generated again and again until the meter's bound on its joules is within ``precision``.
+    """
 
     seq_len: int = Field(default=1024, ge=16)
     batch_sizes: Choices = (1,)
     new_tokens: int = Field(default=128, ge=1)
     repeats: int = Field(default=3, ge=1)
-
-    @field_validator("batch_sizes")
-    @classmethod
-    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or min(value) < 1:
-            raise ValueError("batch sizes are whole numbers of at least 1, such as 1,4")
-        return value
+    precision: float = Field(default=0.05, gt=0, lt=1)
 
 
 class SearchSettings(_Section):
@@ -190,13 +214,6 @@ class SearchSettings(_Section):
     def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
         if not 0 < value[0] <= value[1]:
             raise ValueError("a range is two numbers above 0, the lower one first, such as 0.4,0.8")
-        return value
-
-    @field_validator("controller_width", "batch_size", "accumulation")
-    @classmethod
-    def _some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if not value or min(value) < 1:
-            raise ValueError("choices are whole numbers of at least 1, such as 2,4")
         return value
 
 

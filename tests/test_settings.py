@@ -182,8 +182,8 @@ def test_unknown_value_names_flag_key_and_nearest() -> None:
         ("HESTCTL_TRAIN__EPOCHS", "many", "train.epochs: Input should be a valid integer"),
         ("HESTCTL_SEARCH__TAU", "low", "search.tau: "),
         ("HESTCTL_SEARCH__TAU", "0.8,0.4", "search.tau: a range is two numbers above 0, the lower one first"),
-        ("HESTCTL_SEARCH__ACCUMULATION", "0", "search.accumulation: choices are whole numbers of at least 1"),
-        ("HESTCTL_PROFILE__BATCH_SIZES", "1,0", "profile.batch_sizes: batch sizes are whole numbers"),
+        ("HESTCTL_SEARCH__ACCUMULATION", "0", "search.accumulation: takes whole numbers of at least 1"),
+        ("HESTCTL_PROFILE__BATCH_SIZES", "1,0", "profile.batch_sizes: takes whole numbers of at least 1"),
     ],
 )
 def test_a_value_out_of_range_names_its_variable(
@@ -193,6 +193,24 @@ def test_a_value_out_of_range_names_its_variable(
     message = refused()
     assert message.startswith(says)
     assert message.endswith(f"(from {variable})")
+
+
+@pytest.mark.parametrize(
+    ("meter", "near"),
+    [("nvlm", "'nvml'"), ("replay:", "'replay:FILE'"), ("replay", "'replay:FILE'"), ("", None)],
+)
+def test_an_unknown_meter_names_the_choices(meter: str, near: str | None) -> None:
+    message = refused(flags={"energy.meter": meter}, **{"energy.meter": "--meter"})
+    choices = "'auto', 'nvml', 'rapl', 'estimate', 'none' or 'replay:FILE'"
+    told = f"; did you mean {near}?" if near else ""
+    assert message == f"energy.meter: Input should be {choices}, not {meter!r}{told} (from --meter)"
+
+
+@pytest.mark.parametrize("meter", ["auto", "nvml", "rapl", "estimate", "none", "replay:C:\\a b.jsonl"])
+def test_every_meter_is_accepted_and_recorded(meter: str) -> None:
+    settings = load("quickstart", {"energy.meter": meter}).settings
+    assert settings.energy.meter == meter
+    assert from_document(settings.model_dump(mode="json")) == settings
 
 
 def test_a_value_out_of_range_names_its_file(tmp_path: Path) -> None:

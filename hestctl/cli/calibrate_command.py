@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
 
 from hestctl.cli import options as o
+
+if TYPE_CHECKING:
+    from hestctl.energy.model import Cost
+    from hestctl.workflows.calibrate import Calibrated
 
 
 def register(app: typer.Typer) -> None:
@@ -15,18 +23,34 @@ def register(app: typer.Typer) -> None:
 def calibrate(
     profile: o.ProfileOption = "quickstart",
     db: o.DbOption = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="Prompt tokens that the energy model is fitted at.")
+    ] = None,
+    batch_size: Annotated[
+        str | None, typer.Option("--batch-size", help="Batch sizes it is fitted for, such as 1 or 1,4.")
+    ] = None,
+    num_beams: Annotated[int | None, typer.Option(help="Beams it is fitted for; 1 is greedy.")] = None,
     backbone: o.BackboneOption = None,
     weights: o.WeightsOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
     meter: o.MeterOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the latest calibration that was stopped.")
+    ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option("--trace", help="Record what the counter shows into this new file, for replay:FILE."),
+    ] = None,
     set_: o.SetOption = None,
     quiet: o.QuietOption = False,
     json: o.JsonOption = False,
 ) -> None:
-    """Certify the meter, and measure what an adapter direction costs in each state on this device.
+    """Certify the meter, check it on known work, and measure the energy table of this device.
 
-    Optional: `train` and `harden` calibrate on the way when the store has no table for this device.
+    The table prices adapter directions and layers, and predicts whole generations. `train` and `harden`
+    measure the prices that they need on the way where the store has none for this device; one that was
+    measured with another driver, library or kernel is refused until it is renewed here.
     """
     from hestctl.cli import out
     from hestctl.store.store import Store
@@ -36,6 +60,9 @@ def calibrate(
         profile,
         set_,
         db=db,
+        energy__lengths=lengths,
+        energy__batch_sizes=batch_size,
+        generation__num_beams=num_beams,
         backbone__name=backbone,
         backbone__weights=weights,
         backbone__device=device,
@@ -43,47 +70,124 @@ def calibrate(
         energy__meter=meter,
     ).settings
     with out.reporting(quiet) as progress:
-        done = work(settings, Store(settings.db), progress)
+        done = work(settings, Store(settings.db), progress, resuming=resume, trace=trace)
     if json:
-        out.document(
-            {
-                "run_id": done.run.run_id,
-                "status": done.run.status,
-                "meter": done.run.meter,
-                "energy_kind": done.run.energy_kind,
-                "certificate": done.certificate,
-                "table": done.table.as_dict(),
-                "int8_offered": done.table.int8_pays,
-            }
-        )
-        return
-    table = done.table
+        out.document(_as_json(done))
+    else:
+        _show(done)
+
+
+def _as_json(done: Calibrated) -> dict[str, object]:
+    return {
+        "run_id": done.run.run_id,
+        "status": done.run.status,
+        "meter": done.run.meter,
+        "energy_kind": done.run.energy_kind,
+        "certificate": done.certificate,
+        "check": done.check,
+        "verdicts": [{"demand": demand, "holds": holds, "why": why} for demand, holds, why in done.verdicts],
+        "table": done.table.as_dict(),
+        "int8_offered": done.table.int8_pays,
+    }
+
+
+def _show(done: Calibrated) -> None:
+    from hestctl.cli import out
+
+    table, kind = done.table, done.table.kind
     rows = [
         (name, f"{cost.joules:.3e}", f"{cost.error_j:.1e}", per)
         for name, cost, per in (
             ("direction, full precision", table.full, "direction and token"),
             ("direction, int8", table.int8, "direction and token"),
             ("controller", table.controller, "token"),
+            *_model_rows(done),
         )
     ]
     out.table(
         f"{table.calibration_id}: {table.device_name}, {table.dtype}, hidden {table.hidden}",
-        ("what", f"J ({table.kind})", "+-", "per"),
+        ("what", f"J ({kind})", "+-", "per"),
         rows,
         caption=table.verdict(),
     )
-    missing = done.certificate["missing"]
-    facts: dict[str, list[str]] = {}
-    for key, value in done.certificate.items():
-        if key not in ("missing", "warnings"):
-            # Figures that are missing for one reason share a row.
-            facts.setdefault(_told(value, missing.get(key)), []).append(key)
-    told = [("\n".join(keys), value) for value, keys in facts.items()]
-    told += [("warning", warning) for warning in done.certificate["warnings"]]
-    out.table(f"certificate of the meter ({table.kind})", ("figure", "value"), told, left=2)
+    _show_predictions(done)
+    facts = [
+        (key, "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
+        for key, value in done.certificate.items()
+        if key not in ("missing", "warnings")
+    ]
+    facts += [("warning", warning) for warning in done.certificate["warnings"]]
+    reasons: dict[str, list[str]] = {}
+    for key, why in done.certificate["missing"].items():
+        reasons.setdefault(why, []).append(key)
+    out.table(
+        f"certificate of the meter ({kind})",
+        ("figure", "value"),
+        facts,
+        left=2,
+        caption="\n".join(f"not measured: {', '.join(keys)}: {why}" for why, keys in reasons.items()),
+    )
+    demands: dict[tuple[str, str], list[str]] = {}
+    for demand, holds, why in done.verdicts:
+        word = "not measured" if holds is None else "yes" if holds else "NO"
+        demands.setdefault((word, why.removeprefix("not measured: ")), []).append(demand)
+    out.table(
+        f"the meter on samples of known relative work ({kind})",
+        ("demand", "holds", "why"),
+        [("\n".join(names), word, why) for (word, why), names in demands.items()],
+        left=3,
+    )
 
 
-def _told(value: object, why: str | None) -> str:
-    if value is None:
-        return f"not measured: {why}" if why else "not measured"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _model_rows(done: Calibrated) -> Iterator[tuple[str, Cost, str]]:
+    model = done.table.model
+    if model is None:
+        return
+    for adapters in model.adapters:
+        yield f"adapters, {adapters.gate} gate, prefill", adapters.prefill, "row and token"
+        yield f"adapters, {adapters.gate} gate, {adapters.rows} rows", adapters.decode, "decode step"
+    for matmuls in model.matmuls:
+        where = "prefill" if matmuls.phase == "prefill" else f"decode, {matmuls.rows} rows"
+        for name, cost in (("full", matmuls.full), ("int8", matmuls.int8)):
+            yield f"a layer's MatMuls, {name}, {where}", cost, "row and token"
+
+
+def _show_predictions(done: Calibrated) -> None:
+    """Each calibrated generation against the model's own prediction: how well the fit holds."""
+    from hestctl.cli import out
+    from hestctl.energy.protocol import Unavailable
+
+    model, kind = done.table.model, done.table.kind
+    if model is None:
+        return
+    rows = []
+    for point in model.points:
+        lengths = [point.prompt_tokens] * point.batch_size, [point.new_tokens] * point.batch_size
+        found = model.predict(*lengths, num_beams=point.num_beams)
+        assert not isinstance(found, Unavailable)
+        joules = point.cost.joules
+        rows.append(
+            (
+                f"{point.batch_size} x {point.num_beams}",
+                str(point.prompt_tokens),
+                str(point.new_tokens),
+                f"{joules:.4g} +- {point.cost.error_j:.2g}",
+                f"{found.prefill_j:.4g}",
+                f"{found.decode_j:.4g}",
+                f"{100 * (found.total_j / joules - 1):+.1f} %",
+            )
+        )
+    out.table(
+        "whole generations of the bare backbone",
+        (
+            "batch x beams",
+            "prompt",
+            "new",
+            f"J a batch ({kind})",
+            "prefill J (predicted)",
+            "decode J (predicted)",
+            "fit off by",
+        ),
+        rows,
+        left=0,
+    )

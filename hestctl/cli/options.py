@@ -39,7 +39,9 @@ DataOption = Annotated[
     str | None,
     typer.Option("--data", help="embedded, cnn_dailymail, lra-text, lra-listops, or a file or folder."),
 ]
-MeterOption = Annotated[str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate or none.")]
+MeterOption = Annotated[
+    str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate, none, or replay:FILE.")
+]
 RunOption = Annotated[str | None, typer.Option("--run", help="A run id; `hestctl runs list` shows them.")]
 EmaxRatioOption = Annotated[
     float | None,
@@ -72,6 +74,7 @@ _TYPED = {
     "train.learning_rate": "--lr",
     "train.gate_learning_rate": "--gate-lr",
     "profile.batch_sizes": "--batch-size",
+    "energy.batch_sizes": "--batch-size",
 }
 """Flags that are not called like their key."""
 

@@ -27,6 +27,14 @@ def profile(
     ] = None,
     num_beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy.")] = None,
     repeats: Annotated[int | None, typer.Option(help="Samples a length, each from another article.")] = None,
+    precision: Annotated[
+        float | None,
+        typer.Option(
+            "--precision",
+            help="Generate each sample again until its joules are known so well. "
+            r"\[default: 0.05; an estimate has no bound and runs once]",
+        ),
+    ] = None,
     run: o.RunOption = None,
     profile: o.ProfileOption = "quickstart",
     db: o.DbOption = None,
@@ -58,6 +66,7 @@ def profile(
         profile__new_tokens=new_tokens,
         generation__num_beams=num_beams,
         profile__repeats=repeats,
+        profile__precision=precision,
         db=db,
         backbone__name=backbone,
         backbone__weights=weights,
@@ -93,14 +102,20 @@ def _as_json(done: Profiled) -> dict[str, object]:
         "new_tokens_per_sample": run.max_new_tokens,
         "num_beams": run.num_beams,
         "phases": done.phases,
+        "prediction": done.prediction,
         "points": [
             {
                 "prompt_tokens": p.prompt_tokens,
                 "batch_size": p.batch_size,
                 "samples": p.samples,
+                "replicates": p.replicates,
                 "latency_s": p.latency_s,
                 "energy_j_per_sample": p.energy_j,
                 "energy_error_j_per_sample": p.error_j,
+                "prefill_j_per_sample": p.prefill_j,
+                "decode_j_per_sample": p.decode_j,
+                "phase_method": None if p.prefill_j is None else "apportioned",
+                "predicted_j_per_sample": p.predicted_j,
                 "scope_energy_j_per_sample": p.scope_energy_j,
                 "scope_energy_kind": "predicted",
                 "emax_j": p.emax_j,
@@ -119,9 +134,11 @@ def _show(done: Profiled) -> None:
         (
             f"{p.prompt_tokens:,}",
             str(p.batch_size),
-            str(p.samples),
+            str(p.samples) if p.replicates == 1 else f"{p.samples} x {p.replicates}",
             number(p.latency_s, 2),
             _joules(p.energy_j, p.error_j),
+            "-" if p.prefill_j is None or p.decode_j is None else f"{p.prefill_j:.3g} + {p.decode_j:.3g}",
+            "-" if p.predicted_j is None else f"{p.predicted_j:.4g}",
             "-" if p.scope_energy_j is None else f"{p.scope_energy_j:.3g}",
             "-" if p.emax_j is None or p.scope_energy_j is None else f"{p.scope_energy_j / p.emax_j:.3f}",
         )
@@ -135,12 +152,14 @@ def _show(done: Profiled) -> None:
             "n",
             "latency s",
             f"J a sample ({kind})",
+            f"prefill + decode J ({kind})",
+            "J a sample (predicted)",
             "scope J (predicted)",
             "of E_max",
         ),
         rows,
         left=0,
-        caption=done.phases,
+        caption=f"{done.phases}\n{done.prediction}",
     )
 
 

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from hestctl.energy.conditions import Tally, between
-from hestctl.energy.gauge import read
+from hestctl.energy.gauge import LOOK_EVERY_S, read
 from hestctl.energy.pace import Pace, ThreadPace
 from hestctl.energy.protocol import Counter, CounterError, PowerSensor, Unavailable
 from hestctl.energy.ticks import Tick, TickLog
@@ -24,14 +24,20 @@ MEASURES = (
     "jitter_s",
     "idle_w",
     "noise_j",
+    "read_s",
+    "polling_share",
     "load_w",
     "polling_ratio",
     "power_ratio",
     "least_window_5pct_s",
     "least_window_1pct_s",
+    "idle_after_w",
+    "idle_drift",
 )
 _TOLERATED = 0.02
+_TOLERATED_DRIFT = 0.1
 _NOISE_STEPS = 5
+_REST_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,14 @@ class MeterCertificate:
     ``step_s``, ``jitter_s``: median time between counter steps and its standard deviation (s), as seen by
     polling. ``idle_w``: mean power of the device at rest (W). ``noise_j``: root mean square difference of
     neighbouring windows of five steps at rest (J): what A against A differs by. ``load_w``: mean power in
-    the second part (W), at rest too where no load was given. ``polling_ratio``: power by the counter while
-    it is polled over power while it is left alone. ``power_ratio``: joules by the counter over the integral
-    of instant power: consistency, not accuracy, for both may hang on one sensor. ``least_window_*``: seconds
-    from which on the error bound of a window is within 5 % or 1 % of its joules at ``load_w``.
+    the second part (W), at rest too where no load was given. ``read_s``: median time of one reading then (s).
+    ``polling_share``: the share of its time that a meter's thread spends in readings and in looks at the
+    device, with the meter's poll period: what it takes of a core at most, for a driver may wait without
+    working. ``polling_ratio``: power by the counter while it is polled over power while it is left alone.
+    ``power_ratio``: joules by the counter over the integral of instant power: consistency, not accuracy, for
+    both may hang on one sensor. ``least_window_*``: seconds from which on the error bound of a window is
+    within 5 % or 1 % of its joules at ``load_w``. ``idle_after_w``: mean power at rest again, from a second
+    after the load on (W); ``idle_drift``: by how much that is above ``idle_w``, relative to it.
     """
 
     created_at: str
@@ -57,11 +67,15 @@ class MeterCertificate:
     jitter_s: float | None = None
     idle_w: float | None = None
     noise_j: float | None = None
+    read_s: float | None = None
+    polling_share: float | None = None
     load_w: float | None = None
     polling_ratio: float | None = None
     power_ratio: float | None = None
     least_window_5pct_s: float | None = None
     least_window_1pct_s: float | None = None
+    idle_after_w: float | None = None
+    idle_drift: float | None = None
     warnings: tuple[str, ...] = ()
     missing: Mapping[str, str] = field(default_factory=dict)
 
@@ -79,11 +93,12 @@ def certify(
     poll_s: float = 0.005,
     load: Callable[[float], None] | None = None,
 ) -> MeterCertificate:
-    """Watches the counter: ``seconds`` at rest, then five times a quarter of that under ``load``.
+    """Watches the counter: ``seconds`` at rest, five quarters of that under ``load``, half of that at rest.
 
     The device must be at rest when this is called. ``load`` keeps it evenly busy for the seconds it is
     given; without it the second part is at rest as well. A counter that fails, or moves in no steps, gives a
-    certificate that says so. ``clock`` gives monotonic seconds, ``pace`` polls.
+    certificate that says so. ``clock`` gives monotonic seconds, ``pace`` polls, ``poll_s`` is the poll
+    period of the meter (s).
     """
     created_at = datetime.now(UTC).isoformat(timespec="seconds")
     if isinstance(counter, Unavailable):
@@ -104,12 +119,22 @@ def certify(
             before = Tally().add(counter.conditions())
             found |= watch.at_rest(seconds)
             found |= watch.under_load(seconds / 4, load or watch.pace.wait, missing)
+            begin_s = clock()
             warnings = between(before, before.add(counter.conditions()))[1]
+            look_s = clock() - begin_s
+            # A poll comes ``poll_s`` after the one before has returned.
+            found["polling_share"] = found["read_s"] / (found["read_s"] + poll_s) + look_s / LOOK_EVERY_S
+            found |= watch.at_rest_again(seconds / 2, found["idle_w"])
         except CounterError as error:
-            missing = {name: error.reason for name in MEASURES if name not in found}
+            missing = dict.fromkeys((name for name in MEASURES if name not in found), error.reason) | missing
     ratio = found.get("polling_ratio", 1.0)
     if abs(ratio - 1) > _TOLERATED:
         warnings += (f"polling changes what the counter shows: {ratio:.3f} of its power when left alone",)
+    if abs(found.get("idle_drift", 0.0)) > _TOLERATED_DRIFT:
+        warnings += (
+            f"idle drifted from {found['idle_w']:.0f} W to {found['idle_after_w']:.0f} W: "
+            "joules net of idle are off by that much a second",
+        )
     return MeterCertificate(
         created_at,
         counter.name,
@@ -132,11 +157,11 @@ class _Watch:
     clock: Callable[[], float]
     pace: Pace
     poll_s: float
+    reads_s: list[float] = field(default_factory=list)
+    """How long the readings of the latest run took (s)."""
 
     def at_rest(self, seconds: float) -> dict[str, float]:
-        log = TickLog(self.step_s, poll_s=self.poll_s, max_w=self.counter.max_w)
-        self._run(log, lambda _: True, lambda: self.pace.wait(seconds))
-        ticks = log.ticks
+        ticks = self._rest(seconds)
         if len(ticks) <= 2 * _NOISE_STEPS:
             raise CounterError(f"the counter stepped {len(ticks)} times in {seconds:g} s, too few to judge")
         steps = [b.t_s - a.t_s for a, b in pairwise(ticks)]
@@ -147,6 +172,19 @@ class _Watch:
             "idle_w": _mean_w(ticks[0], ticks[-1]),
             "noise_j": _rms([b - a for a, b in pairwise(windows)]),
         }
+
+    def at_rest_again(self, seconds: float, idle_w: float) -> dict[str, float]:
+        """Lets a second pass, in which the clocks fall, and finds the idle watts once more."""
+        self.pace.wait(_REST_S)
+        ticks = self._rest(seconds)
+        last = self._last_before(ticks, math.inf)
+        after_w = _mean_w(ticks[0], last)
+        return {"idle_after_w": after_w, "idle_drift": after_w / idle_w - 1}
+
+    def _rest(self, seconds: float) -> list[Tick]:
+        log = TickLog(self.step_s, poll_s=self.poll_s, max_w=self.counter.max_w)
+        self._run(log, lambda _: True, lambda: self.pace.wait(seconds))
+        return log.ticks
 
     def under_load(
         self, part_s: float, load: Callable[[float], None], missing: dict[str, str]
@@ -176,7 +214,7 @@ class _Watch:
         bounds = [self._last_before(log.ticks, begin_s + part * period_s + stretch_s) for part in range(6)]
         alone = [_mean_w(bounds[part], bounds[part + 1]) for part in (0, 2)]
         polled = [_mean_w(bounds[part], bounds[part + 1]) for part in (1, 3)]
-        found = {"load_w": statistics.mean(polled)}
+        found = {"read_s": statistics.median(self.reads_s), "load_w": statistics.mean(polled)}
         found["polling_ratio"] = found["load_w"] / statistics.mean(alone)
         errors = [
             point.error_j
@@ -203,8 +241,11 @@ class _Watch:
             except CounterError as error:
                 log.lose(error.reason)
             else:
-                log.add(begin_s, self.clock(), energy_j)
+                end_s = self.clock()
+                self.reads_s.append(end_s - begin_s)
+                log.add(begin_s, end_s, energy_j)
 
+        self.reads_s.clear()
         self.pace.start(poll, self.poll_s)
         try:
             work()

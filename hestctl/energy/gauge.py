@@ -13,7 +13,8 @@ from hestctl.energy.pace import Pace
 from hestctl.energy.protocol import Counter, CounterError
 from hestctl.energy.ticks import Point, TickLog
 
-_LOOK_EVERY_S = 1.0
+LOOK_EVERY_S = 1.0
+"""Seconds between looks at the state of the device, each of which takes as long as several readings."""
 _PATIENCE_S = 2.0
 
 
@@ -240,7 +241,7 @@ class SteppedGauge:
         seen = self._counter.conditions()
         with self._lock:
             self._tally = self._tally.add(seen)
-            self._look_at_s = self._clock() + _LOOK_EVERY_S
+            self._look_at_s = self._clock() + LOOK_EVERY_S
             for edge in self._unlooked:
                 edge.after = self._tally
             self._unlooked.clear()

@@ -10,14 +10,15 @@ from dataclasses import replace
 from hestctl.energy.conditions import between
 from hestctl.energy.gauge import DirectGauge, Edge, Gauge, SteppedGauge
 from hestctl.energy.pace import Pace, ThreadPace
-from hestctl.energy.protocol import Counter, Unavailable
-from hestctl.energy.shares import PhaseSplit, apportion, split_phases
+from hestctl.energy.protocol import Counter, PowerSensor, Unavailable
 from hestctl.energy.ticks import Point
 from hestctl.records import EnergyKind, Window
 
-__all__ = ["Edge", "Meter", "OpenWindow", "PhaseSplit", "apportion", "split_phases"]
+__all__ = ["Edge", "Meter", "OpenWindow"]
 
 _GAP_SHARE = 0.01
+_IDLE_DRIFT = 0.1
+_STEPS_TO_REST = 3
 
 
 class OpenWindow:
@@ -73,13 +74,14 @@ class Meter:
         self._idle_w = idle_w
         self._synchronise = synchronise
         self._clock = clock
+        self._pace = pace or ThreadPace()
         self._running = False
         self._gauge: Gauge | None = None
         if not isinstance(counter, Unavailable):
             if counter.step_s is None:
                 self._gauge = DirectGauge(counter, clock)
             else:
-                self._gauge = SteppedGauge(counter, counter.step_s, poll_s, clock, pace or ThreadPace())
+                self._gauge = SteppedGauge(counter, counter.step_s, poll_s, clock, self._pace)
 
     @property
     def kind(self) -> EnergyKind:
@@ -96,6 +98,16 @@ class Meter:
     @property
     def device_uuid(self) -> str:
         return "none" if isinstance(self._counter, Unavailable) else self._counter.device_uuid
+
+    @property
+    def driver(self) -> str:
+        """The version of the driver that the counter is read through; "none" where there is none."""
+        return self._counter.driver if isinstance(self._counter, PowerSensor) else "none"
+
+    @property
+    def bounded(self) -> bool:
+        """Whether windows carry an error bound: those of a counter do, an estimate's do not."""
+        return self._method not in ("none", "estimated")
 
     @property
     def reason(self) -> str | None:
@@ -140,8 +152,8 @@ class Meter:
         ``error_j`` bounds the error of timing: from the counter's steps, when they were seen, and how power
         changed around the edges. A gain error of the board's sensor (up to 5 %, the same on one board, so
         that ratios on it are free of it) is not in it, and power that alternates faster than the counter
-        steps can exceed it. None for an estimate, whose nominal watts have no bound. Raises ValueError where
-        ``end`` lies before ``start``.
+        steps can exceed it. None for an estimate without steps: nominal watts have no bound.
+        Raises ValueError where ``end`` lies before ``start``.
         """
         if end.at_s < start.at_s:
             raise ValueError(f"window {name!r} ends {start.at_s - end.at_s:.6f} s before it starts")
@@ -176,6 +188,35 @@ class Meter:
         yield opened
         opened.close()
 
+    def rest(self, seconds: float) -> Window:
+        """A window of ``seconds`` in which the caller waits: the joules of the device at rest."""
+        with self.window("rest", "idle") as window:
+            self._pace.wait(seconds)
+        return window.result
+
+    def check_idle(self, seconds: float = 1.0) -> str | None:
+        """Rests for ``seconds`` and compares the mean watts with the idle watts that net joules rest on.
+
+        Beyond 10 % joules net of idle are given no more, and the sentence that says so is returned; None
+        where the two agree, where the rest cannot be judged (no valid joules), where the idle watts are not
+        known, and for a counter that does not move in steps. The device must have nothing to do.
+        """
+        if self._idle_w is None or isinstance(self._counter, Unavailable) or self._counter.step_s is None:
+            return None
+        # What ran before must lie outside the steps next to the window, or its power widens the first edge.
+        self._pace.wait(_STEPS_TO_REST * self._counter.step_s)
+        rest = self.rest(seconds)
+        if rest.energy_j is None or not rest.valid:
+            return None
+        now_w = rest.energy_j / rest.duration_s
+        if abs(now_w - self._idle_w) <= _IDLE_DRIFT * self._idle_w:
+            return None
+        was_w, self._idle_w = self._idle_w, None
+        return (
+            f"at rest the device draws {now_w:.0f} W, not the {was_w:.0f} W measured before: "
+            "joules net of idle are not given"
+        )
+
     def total_j(self) -> float | None:
         """Joules since the meter was started, up to the counter's last step; None: ``reason`` says why."""
         return None if self._gauge is None else self._gauge.total_j()
@@ -184,9 +225,9 @@ class Meter:
     def _method(self) -> str:
         if isinstance(self._counter, Unavailable):
             return "none"
-        if self._counter.kind == "estimated":
-            return "estimated"
-        return "read" if self._counter.step_s is None else "interpolated"
+        if self._counter.step_s is not None:
+            return "interpolated"
+        return "estimated" if self._counter.kind == "estimated" else "read"
 
     def _filled(self, empty: Window, start: Edge, first: Point, end: Edge, last: Point) -> Window:
         duration_s = empty.duration_s
@@ -202,7 +243,7 @@ class Meter:
             method=self._method,
             energy_j=energy_j,
             net_energy_j=None if self._idle_w is None else energy_j - self._idle_w * duration_s,
-            error_j=None if self.kind == "estimated" else error_j,
+            error_j=None if self._method == "estimated" else error_j,
             valid=not reasons,
             reason="; ".join(reasons) or None,
             temperature_c=seen.temperature_c,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from hestctl.energy.model import PhaseJoules
 from hestctl.energy.protocol import Unavailable
 
 _LEAST_ANGLE = 1e-4
@@ -14,15 +15,53 @@ _LEAST_ANGLE = 1e-4
 def apportion(total_j: float, error_j: float, weights: Sequence[float]) -> list[tuple[float, float]]:
     """Splits a batch's joules among its samples in proportion to ``weights``: ``(joules, error_j)`` each.
 
-    The rule is a convention (weights are the tokens a sample took part with): the meter saw the batch only.
-    Errors are split by the same shares, for an error of the total moves every share alike; the shares and
-    their errors add up to ``total_j`` and ``error_j``. Raises ValueError for weights that are negative, not
-    finite, or all zero.
+    The rule is a convention: the meter saw the batch only. Errors are split by the same shares, for an error
+    of the total moves every share alike; the shares and their errors add up to ``total_j`` and ``error_j``.
+    Raises ValueError for weights that are negative, not finite, or all zero.
     """
     whole = math.fsum(weights)
     if not math.isfinite(whole) or whole <= 0 or min(weights) < 0:
         raise ValueError("weights must be finite, not negative, and not all zero")
     return [(total_j * (weight / whole), error_j * (weight / whole)) for weight in weights]
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One sample's part of its batch (J); phases and error are None where they are not known."""
+
+    energy_j: float
+    error_j: float | None
+    prefill_j: float | None = None
+    decode_j: float | None = None
+
+
+def share_batch(
+    total_j: float,
+    error_j: float | None,
+    prompt_tokens: Sequence[int],
+    new_tokens: Sequence[int],
+    phases: PhaseJoules | None,
+) -> list[Share]:
+    """Splits a batch's joules among its samples, and each sample's among its phases.
+
+    The rule: ``phases``, the energy model's prediction for the batch, says in what proportion prefill and
+    decode share ``total_j``; then prompt tokens divide the prefill's joules, and new tokens the decode's.
+    Without a prediction every token, prompt or new, weighs the same, and the phases are not told apart.
+    """
+    bound_j = error_j or 0.0
+
+    def share(joules: float, bound: float, *split_j: float) -> Share:
+        return Share(joules, None if error_j is None else bound, *split_j)
+
+    if phases is None:
+        weights = [p + n for p, n in zip(prompt_tokens, new_tokens, strict=True)]
+        return [share(joules, bound) for joules, bound in apportion(total_j, bound_j, weights)]
+    prefill, decode = apportion(total_j, bound_j, phases)
+    prefills, decodes = apportion(*prefill, prompt_tokens), apportion(*decode, new_tokens)
+    return [
+        share(p_j + d_j, p_e + d_e, p_j, d_j)
+        for (p_j, p_e), (d_j, d_e) in zip(prefills, decodes, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +73,6 @@ class PhaseSplit:
     new_j_per_token: float
     new_error_j: float
     samples: int
-
-    def split_j(self, energy_j: float, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
-        """A sample's measured joules as ``(prefill, decode)``, in the proportion of the fit."""
-        prompt = self.prompt_j_per_token * prompt_tokens
-        new = self.new_j_per_token * new_tokens
-        (prefill_j, _), (decode_j, _) = apportion(energy_j, 0.0, (prompt, new))
-        return prefill_j, decode_j
 
 
 def split_phases(rows: Iterable[tuple[int, int, float]]) -> PhaseSplit | Unavailable:

@@ -1,4 +1,4 @@
-"""The energy table: joules of one direction for one token in each state, as measured on one device."""
+"""The energy table: what ``calibrate`` measured on one device, and what these figures hold for."""
 
 from __future__ import annotations
 
@@ -7,23 +7,49 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from hestctl.energy.model import Cost, EnergyModel
 from hestctl.records import EnergyKind
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
-    """Joules per direction and token, and the error of that figure (J, one standard error)."""
+class TableKey:
+    """What figures are of (``subject``: device, shapes), and what else they hang on (``conditions``).
 
-    joules: float
-    error_j: float
+    A table of the same subject under other conditions (driver, versions, kernels) is stale.
+    """
+
+    subject: Mapping[str, str]
+    conditions: Mapping[str, str]
+
+    @property
+    def subject_text(self) -> str:
+        """The part of ``text`` that tables of the same subject share, stale or not."""
+        return _joined(self.subject) + "||"
+
+    @property
+    def text(self) -> str:
+        return self.subject_text + _joined(self.conditions)
+
+    def changes(self, stored: str) -> list[str]:
+        """What is not as it was for a table that was ``stored`` under this text, in words."""
+        then = dict(pair.partition("=")[::2] for pair in stored.partition("||")[2].split("|"))
+        return [
+            f"{name} was {then.get(name, 'not recorded')}, is {value}"
+            for name, value in self.conditions.items()
+            if then.get(name) != value
+        ]
+
+
+def _joined(parts: Mapping[str, str]) -> str:
+    return "|".join(f"{name}={value.replace('|', '/')}" for name, value in parts.items())
 
 
 @dataclass(frozen=True, slots=True)
 class EnergyTable:
     """What ``calibrate`` found. ``kind`` says whether a counter measured it or CPU time estimated it.
 
-    ``key`` names everything the figures depend on (device, shape, type, kernels, library versions);
-    another key means another table.
+    ``key`` is the text of a ``TableKey``: everything the figures depend on. ``model`` predicts whole
+    generations; None where only the prices of directions were measured, on the way of a training.
     """
 
     calibration_id: str
@@ -38,9 +64,11 @@ class EnergyTable:
     rank: int
     tokens: int
     full: Cost
+    """Joules per direction and token; so is ``int8``."""
     int8: Cost
     controller: Cost
     """Joules per token of the factorised controller."""
+    model: EnergyModel | None = None
 
     @property
     def int8_pays(self) -> bool:
@@ -70,4 +98,5 @@ class EnergyTable:
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> EnergyTable:
         parts = {name: Cost(**document[name]) for name in ("full", "int8", "controller")}
-        return cls(**{**document, **parts})
+        model = document.get("model")
+        return cls(**{**document, **parts, "model": None if model is None else EnergyModel.from_dict(model)})

@@ -1,22 +1,22 @@
 """Generates a split under the meter, then scores it: one Sample record an article.
 
-Samples run back to back and share their window edges, so that their joules add up to the whole.
 Scoring comes after the meter has closed: it costs no sample anything.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from hestctl.data.prompts import Encoded, label_answers
-from hestctl.energy.meter import Edge, Meter
-from hestctl.energy.shares import apportion
-from hestctl.errors import HestError
+from hestctl.energy.meter import Meter
+from hestctl.energy.model import EnergyModel, PhaseJoules
+from hestctl.energy.protocol import Unavailable
+from hestctl.energy.shares import Share, share_batch
 from hestctl.generation.engine import ENGINE, Generated, Generator
+from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.progress import Progress
 from hestctl.records import STATES, LayerUse, Sample, Window
@@ -33,16 +33,6 @@ class Evaluation:
     layer_use: list[LayerUse]
 
 
-@dataclass(slots=True)
-class _Batch:
-    rows: Sequence[Encoded]
-    result: Generated
-    predicted: list[str] | None
-    start: Edge
-    end: Edge
-    latency_s: float
-
-
 def evaluate(
     generator: Generator,
     rows: Sequence[Encoded],
@@ -54,6 +44,8 @@ def evaluate(
     score: bool = True,
     forced_length: bool = False,
     warm_up: bool = True,
+    model: EnergyModel | None = None,
+    precision: float | None = None,
     progress: Progress,
     check: Callable[[], None],
 ) -> Evaluation:
@@ -61,8 +53,9 @@ def evaluate(
 
     ``check`` is polled between batches and may raise Interrupted. ``score`` false leaves quality out
     (profile on synthetic prompts has no reference); ``forced_length`` generates exactly
-    ``settings.new_tokens``; ``warm_up`` runs the first batch once before the meter.
-    Raises HestError when two labels cannot be told apart by their first token.
+    ``settings.new_tokens``; ``warm_up`` runs the first batch once before the meter. ``model`` tells
+    prefill and decode apart, and predicts; ``precision`` repeats each batch until the meter's bound on
+    its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token.
     """
     names: dict[int, str] = {}
     if labels:
@@ -70,18 +63,16 @@ def evaluate(
     run = _runner(generator, settings, names, forced_length)
     if warm_up:
         run(rows[: settings.batch_size])  # pays for lazy initialisation: it is nobody's sample
-    batches = list(_generate(run, rows, settings.batch_size, meter, progress, check))
-    meter.settle()
-    windows = [
-        meter.cut(batch.start, batch.end, name=batch.rows[0].sample_id, phase="generation")
-        for batch in batches
-    ]
+    if precision is None:
+        batches = telescoped(run, rows, settings.batch_size, meter, progress, check)
+    else:
+        batches = replicated(run, rows, settings.batch_size, meter, progress, check, precision=precision)
     samples: list[Sample] = []
     texts: dict[str, str] = {}
     scorer = RougeScorer() if score and not names else None
-    for index, (batch, window) in enumerate(zip(batches, windows, strict=True)):
+    for index, batch in enumerate(batches):
         check()
-        for sample, text in _samples(generator, batch, window, index, settings, split):
+        for sample, text in _samples(generator, batch, index, settings, split, model):
             if scorer is not None:
                 row = batch.rows[sample.position - index * settings.batch_size]
                 rouge = scorer.score(row.reference, text)
@@ -96,18 +87,15 @@ def evaluate(
             texts[sample.sample_id] = text
     if score:
         samples = _with_likelihood(generator, rows, samples, settings.batch_size, progress, check)
-    return Evaluation(samples, windows, texts, _layer_use(batches))
-
-
-_Run = Callable[[Sequence[Encoded]], tuple[Generated, list[str] | None]]
+    return Evaluation(samples, [batch.window for batch in batches], texts, _layer_use(batches))
 
 
 def _runner(
     generator: Generator, settings: GenerationSettings, names: dict[int, str], forced_length: bool
-) -> _Run:
+) -> Run:
     """Generates a batch, or classifies it by the logits of the labels' first tokens."""
 
-    def generate(part: Sequence[Encoded]) -> tuple[Generated, list[str] | None]:
+    def generate(part: Sequence[Encoded]) -> Outcome:
         out = generator.generate(
             part,
             new_tokens=settings.new_tokens,
@@ -116,7 +104,7 @@ def _runner(
         )
         return out, None
 
-    def classify(part: Sequence[Encoded]) -> tuple[Generated, list[str] | None]:
+    def classify(part: Sequence[Encoded]) -> Outcome:
         logits, counts = generator.label_scores(part)
         ids = list(names)
         best = [ids[i] for i in logits[:, ids].argmax(1).tolist()]
@@ -125,71 +113,32 @@ def _runner(
     return classify if names else generate
 
 
-def _generate(
-    run: _Run,
-    rows: Sequence[Encoded],
-    size: int,
-    meter: Meter,
-    progress: Progress,
-    check: Callable[[], None],
-) -> Iterator[_Batch]:
-    start_j = meter.total_j()
-    edge = meter.edge()
-    spent = 0.0
-    for done in range(0, len(rows), size):
-        check()
-        part = rows[done : done + size]
-        started = time.perf_counter()
-        try:
-            result, predicted = run(part)
-        except torch.OutOfMemoryError as error:
-            longest = max(len(row.prompt_ids) for row in part)
-            raise HestError(
-                f"out of memory generating {len(part)} prompts of up to {longest} tokens at once",
-                f"--set generation.batch_size={max(1, len(part) // 2)}, or fewer --num-beams",
-            ) from error
-        start, edge = edge, meter.edge()
-        latency = time.perf_counter() - started
-        spent += latency
-        progress.advance(
-            "generating",
-            min(done + size, len(rows)),
-            len(rows),
-            {f"J {meter.kind}": _since(meter, start_j), "s_per_sample": spent / (done + len(part))},
-        )
-        yield _Batch(part, result, predicted, start, edge, latency)
-
-
-def _since(meter: Meter, start_j: float | None) -> float | None:
-    total_j = meter.total_j()
-    return None if total_j is None or start_j is None else total_j - start_j
-
-
 def _samples(
     generator: Generator,
-    batch: _Batch,
-    window: Window,
+    batch: Batch,
     index: int,
     settings: GenerationSettings,
     split: str,
+    model: EnergyModel | None,
 ) -> Iterator[tuple[Sample, str]]:
-    """One record a request; a batch's joules are apportioned by token positions."""
-    work = [len(r.prompt_ids) + len(n) for r, n in zip(batch.rows, batch.result.new_ids, strict=True)]
-    alone = len(batch.rows) == 1
-    shares: list[tuple[float | None, float | None]] = [(None, None)] * len(work)
-    if window.energy_j is not None:
-        bound_j = window.error_j
-        shares = [
-            (joules, None if bound_j is None else error)
-            for joules, error in apportion(window.energy_j, bound_j or 0.0, work)
-        ]
+    """One record a request; a batch's joules are apportioned by ``share_batch``'s rule."""
+    window = batch.window
+    prompt_tokens = [len(row.prompt_ids) for row in batch.rows]
+    new_tokens = [len(ids) for ids in batch.result.new_ids]
+    phases = _predicted(model, generator, prompt_tokens, new_tokens, settings.num_beams)
+    shares: list[Share | None] = [None] * len(batch.rows)
+    if batch.energy_j is not None:
+        shares = [*share_batch(batch.energy_j, batch.error_j, prompt_tokens, new_tokens, phases)]
+    foreseen: list[Share | None] = [None] * len(batch.rows)
+    if phases is not None:
+        foreseen = [*share_batch(phases.total_j, None, prompt_tokens, new_tokens, phases)]
     plan = generator.plan
     counts = batch.result.counts_QLS
     for i, row in enumerate(batch.rows):
-        energy, error = shares[i]
+        share, prediction = shares[i], foreseen[i]
         net = None
-        if window.net_energy_j is not None and window.energy_j:
-            net = window.net_energy_j * (energy or 0.0) / window.energy_j
+        if share is not None and window.net_energy_j is not None and window.energy_j:
+            net = window.net_energy_j * share.energy_j / window.energy_j
         used = None if counts is None else counts[i].sum(0).tolist()
         new_ids = batch.result.new_ids[i]
         yield (
@@ -197,8 +146,8 @@ def _samples(
                 sample_id=row.sample_id,
                 position=index * settings.batch_size + i,
                 split=split,
-                prompt_tokens=len(row.prompt_ids),
-                new_tokens=len(new_ids),
+                prompt_tokens=prompt_tokens[i],
+                new_tokens=new_tokens[i],
                 truncated_tokens=row.truncated_tokens,
                 batch_index=index,
                 batch_size=len(batch.rows),
@@ -206,12 +155,17 @@ def _samples(
                 engine=ENGINE,
                 latency_s=batch.latency_s,
                 energy_kind=window.kind,
-                energy_method=window.method if alone else "apportioned",
-                energy_j=energy,
+                energy_method=window.method if len(batch.rows) == 1 else "apportioned",
+                energy_j=None if share is None else share.energy_j,
                 energy_net_j=net,
-                energy_error_j=error,
+                energy_error_j=None if share is None else share.error_j,
                 energy_valid=window.valid,
                 energy_reason=window.reason,
+                prefill_j=None if share is None else share.prefill_j,
+                decode_j=None if share is None else share.decode_j,
+                phase_method=None if share is None or share.prefill_j is None else "apportioned",
+                predicted_j=None if prediction is None else prediction.energy_j,
+                replicates=batch.replicates,
                 scope_energy_j=None if plan is None or counts is None else plan.joules(counts[i]),
                 emax_j=None if plan is None else plan.emax_j,
                 directions_off=None if used is None else used[0],
@@ -223,6 +177,21 @@ def _samples(
             ),
             generator.text(new_ids),
         )
+
+
+def _predicted(
+    model: EnergyModel | None,
+    generator: Generator,
+    prompt_tokens: Sequence[int],
+    new_tokens: Sequence[int],
+    num_beams: int,
+) -> PhaseJoules | None:
+    """The model's joules of this batch; None without a model, or for what it was not calibrated for."""
+    if model is None:
+        return None
+    gate = None if generator.adapters is None else generator.adapters.gate.kind
+    found = model.predict(prompt_tokens, new_tokens, num_beams=num_beams, gate=gate)
+    return None if isinstance(found, Unavailable) else found
 
 
 def _with_likelihood(
@@ -243,7 +212,7 @@ def _with_likelihood(
     return scored
 
 
-def _layer_use(batches: list[_Batch]) -> list[LayerUse]:
+def _layer_use(batches: list[Batch]) -> list[LayerUse]:
     counts = [batch.result.counts_QLS for batch in batches if batch.result.counts_QLS is not None]
     if not counts:
         return []

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hestctl.energy.model import GateKind
 from hestctl.model.controller import FactorisedController, UnfactorisedController
 
 OFF, INT8, FULL = 0, 1, 2
@@ -51,6 +52,9 @@ class Draw:
 class Gate(Protocol):
     """What every method's gate offers: a draw for training, a decision for generation."""
 
+    @property
+    def kind(self) -> GateKind: ...
+
     def draw(self, x_BTD: Tensor, layer: int, noise: GateNoise | None) -> Draw: ...
 
     def decide(self, x_BTD: Tensor, layer: int) -> Tensor:
@@ -67,6 +71,8 @@ class OrdinalGate(nn.Module):
     spreads. ``states`` names the states on offer: the table of energies drops int8 where it is not
     cheaper than full precision.
     """
+
+    kind: GateKind = "ordinal"
 
     def __init__(
         self,
@@ -151,6 +157,8 @@ class _TwoStateGate(nn.Module, ABC):
 class LinearGate(_TwoStateGate):
     """TABS: every layer its own linear controller D -> R without bias. L*D*R parameters."""
 
+    kind: GateKind = "linear"
+
     def __init__(self, layers: int, hidden: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(layers, hidden, rank, generator=generator) * 0.02)
@@ -161,6 +169,8 @@ class LinearGate(_TwoStateGate):
 
 class StaticGate(_TwoStateGate):
     """BHSP: one learned gate a direction, the same for every token. L*R parameters, all open at first."""
+
+    kind: GateKind = "static"
 
     def __init__(self, layers: int, rank: int) -> None:
         super().__init__()

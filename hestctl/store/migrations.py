@@ -82,7 +82,13 @@ def create_tables(con: DuckDBPyConnection) -> None:
     """)
 
 
-MIGRATIONS: tuple[Migration, ...] = (create_tables,)
+def add_sample_prediction(con: DuckDBPyConnection) -> None:
+    """What the energy model says of a sample, how its phases were told apart, how often it ran."""
+    for column in ("phase_method VARCHAR", "predicted_j DOUBLE", "replicates BIGINT"):
+        con.execute(f"ALTER TABLE samples ADD COLUMN {column}")
+
+
+MIGRATIONS: tuple[Migration, ...] = (create_tables, add_sample_prediction)
 """The schema version of a store is how many of these were applied to it."""
 
 

@@ -69,9 +69,10 @@ def latest_run(
     return runs[0] if runs else None
 
 
-def latest_calibration(store: Store, key: str) -> dict[str, Any] | None:
-    """The newest calibration document recorded under ``key``, or None."""
-    query = "SELECT document FROM calibrations WHERE key = ? ORDER BY created_at DESC, run_id DESC LIMIT 1"
+def latest_calibration(store: Store, key: str, *, prefix: bool = False) -> dict[str, Any] | None:
+    """The newest calibration document recorded under ``key``, or under one that begins so; or None."""
+    where = "starts_with(key, ?)" if prefix else "key = ?"
+    query = f"SELECT document FROM calibrations WHERE {where} ORDER BY created_at DESC, run_id DESC LIMIT 1"
     with store.reading() as con:
         found = con.execute(query, [key]).fetchone()
     return None if found is None else dict(json.loads(found[0]))

@@ -17,16 +17,15 @@ from hestctl.store import queries
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors
+from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     budget_of,
     check_reference,
     describe,
-    energy_table,
     harden_into,
     load_data,
     new_tuner,
-    open_meter,
     read_inputs,
 )
 

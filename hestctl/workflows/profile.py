@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hestctl.data.prompts import Encoded
+from hestctl.energy.model import EnergyModel
 from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import split_phases
 from hestctl.errors import Exit, HestError
@@ -18,31 +19,40 @@ from hestctl.runs import new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.setup import describe, load_data, load_hardened, open_meter, read_inputs
+from hestctl.workflows.metering import calibrate_command, open_meter, stored_table
+from hestctl.workflows.setup import describe, load_data, load_hardened, read_inputs
 from hestctl.workflows.summary import summarise
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """Means over the samples of one prompt length and batch size."""
+    """Means over the samples of one prompt length and batch size; ``replicates`` is the most of one sample.
+
+    ``prefill_j`` and ``decode_j`` are apportioned; ``predicted_j`` is the energy model's figure (J).
+    """
 
     prompt_tokens: int
     batch_size: int
     samples: int
+    replicates: int
     latency_s: float
     energy_j: float | None
     error_j: float | None
+    prefill_j: float | None
+    decode_j: float | None
+    predicted_j: float | None
     scope_energy_j: float | None
     emax_j: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Profiled:
-    """The run, one point per length and batch size, and joules per token of the two phases."""
+    """The run, one point per length and batch size, and what the meter says of phases and predictions."""
 
     run: Run
     points: list[Point]
     phases: str
+    prediction: str
 
 
 def profiled_run(store: Store, run_id: str | None) -> Run | None:
@@ -84,6 +94,15 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
             max_new_tokens=p.new_tokens,
             emax_j=generator.plan.emax_j if generator.plan else None,
         )
+        table = stored_table(settings, backbone, meter, store, progress)
+        model = None if table is None else table.model
+        row.calibration_id = None if table is None else table.calibration_id
+        if model is None:
+            progress.note(
+                f"no energy model of this device: nothing is predicted ({calibrate_command(settings)})"
+            )
+        if not meter.bounded and meter.kind != "none":
+            progress.note(f"joules are {meter.kind} and have no error bound: every sample runs once")
         with recording(store, row) as recorder:
             samples: list[Sample] = []
             warm = True
@@ -103,6 +122,8 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
                     score=False,
                     forced_length=True,
                     warm_up=warm,
+                    model=model,
+                    precision=p.precision if meter.bounded else None,
                     progress=progress,
                     check=recorder.check,
                 )
@@ -113,9 +134,14 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
                 for window in result.windows:
                     recorder.window(window)
                 recorder.commit()
-            phases = _phases(samples)
-            recorder.run.summary = {**recorder.run.summary, **summarise(samples), "phases": phases}
-    return Profiled(recorder.run, _points(samples), phases)
+            phases, prediction = _phases(samples), _prediction(samples, model)
+            recorder.run.summary = {
+                **recorder.run.summary,
+                **summarise(samples),
+                "phases": phases,
+                "prediction": prediction,
+            }
+    return Profiled(recorder.run, _points(samples), phases, prediction)
 
 
 def _grid(settings: Settings) -> Iterator[tuple[int, int]]:
@@ -167,10 +193,36 @@ def _phases(samples: list[Sample]) -> str:
     if isinstance(split, Unavailable):
         return f"prefill and decode: not measured ({split.reason})"
     kind = samples[0].energy_kind
-    return (
+    told = (
         f"prefill {split.prompt_j_per_token:.4g} +- {split.prompt_error_j:.2g} J a prompt token, "
         f"decode {split.new_j_per_token:.4g} +- {split.new_error_j:.2g} J a new token "
         f"({kind}, apportioned by regression over {split.samples} samples)"
+    )
+    known = [s for s in samples if s.energy_valid and s.prefill_j is not None and s.batch_size == 1]
+    if not known:
+        return told
+    prefill_j = sum(s.prefill_j or 0.0 for s in known) / sum(s.prompt_tokens * s.num_beams for s in known)
+    decode_j = sum(s.decode_j or 0.0 for s in known) / sum(s.new_tokens * s.num_beams for s in known)
+    by_model = f"{prefill_j:.4g} and {decode_j:.4g} J ({kind}, apportioned)"
+    return f"{told}; cross-check, by the energy model: {by_model}"
+
+
+def _prediction(samples: list[Sample], model: EnergyModel | None) -> str:
+    """How far the energy model is off, over samples whose joules are valid."""
+    if model is None:
+        return "predicted against metered: not measured (no energy model of this device)"
+    known = [s for s in samples if s.energy_valid and s.energy_j and s.predicted_j is not None]
+    if not known:
+        return "predicted against metered: not measured (no valid sample that the energy model covers)"
+    off = [abs((s.predicted_j or 0.0) / (s.energy_j or 1.0) - 1) for s in known]
+    lengths = [point.prompt_tokens for point in model.points]
+    outside = {s.prompt_tokens for s in known if not min(lengths) <= s.prompt_tokens <= max(lengths)}
+    where = (
+        f", {len(outside)} lengths outside the calibrated {min(lengths)} to {max(lengths)}" if outside else ""
+    )
+    return (
+        f"predicted against {known[0].energy_kind} joules: mean error {100 * sum(off) / len(off):.1f} %, "
+        f"worst {100 * max(off):.1f} %, over {len(known)} samples{where}"
     )
 
 
@@ -186,9 +238,13 @@ def _points(samples: list[Sample]) -> list[Point]:
                 prompt_tokens=length,
                 batch_size=batch_size,
                 samples=len(group),
+                replicates=max(sample.replicates for sample in group),
                 latency_s=figures["latency_p50_s"],
                 energy_j=figures["energy_j_per_sample"],
                 error_j=figures["energy_error_j_per_sample"],
+                prefill_j=figures["prefill_j_per_sample"],
+                decode_j=figures["decode_j_per_sample"],
+                predicted_j=figures["predicted_j_per_sample"],
                 scope_energy_j=figures["scope_energy_j_per_sample"],
                 emax_j=group[0].emax_j,
             )

@@ -21,14 +21,8 @@ from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.setup import (
-    describe,
-    find_reference,
-    load_data,
-    load_hardened,
-    open_meter,
-    read_inputs,
-)
+from hestctl.workflows.metering import open_meter
+from hestctl.workflows.setup import describe, find_reference, load_data, load_hardened, read_inputs
 from hestctl.workflows.summary import summarise
 from hestctl.workflows.train import train
 

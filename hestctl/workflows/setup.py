@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
-import torch
-
 from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
-from hestctl.calibration import measure_table, table_key
 from hestctl.data.articles import Splits, load_splits
 from hestctl.data.prompts import Encoded, encode
-from hestctl.energy.counter import open_counter
 from hestctl.energy.meter import Meter
-from hestctl.energy.protocol import Counter, Unavailable
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import ENGINE, Generator
@@ -26,11 +19,12 @@ from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
 from hestctl.records import Run
 from hestctl.runs import Recorder, new_run_id, versions
-from hestctl.settings import EnergySettings, MethodSettings, Settings
+from hestctl.settings import MethodSettings, Settings
 from hestctl.store import queries
 from hestctl.store.folder import RunFolder, now
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors, save_tensors
+from hestctl.workflows.metering import find_counter
 
 ADAPTER_FILE = "adapter.safetensors"
 HARDENED_FILE = "hardened.safetensors"
@@ -109,43 +103,6 @@ def load_data(
     return Data(splits, encoded["train"], encoded["validation"], encoded["test"])
 
 
-def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Unavailable:
-    """The energy counter of the device that computes.
-
-    Raises HestError (no device) where one was demanded and is not there.
-    """
-    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
-    return open_counter(settings.meter, cuda_uuid=uuid, nominal_watts=settings.nominal_watts)
-
-
-@contextmanager
-def open_meter(
-    settings: EnergySettings, device: torch.device, store: Store, progress: Progress
-) -> Iterator[Meter]:
-    """The meter of the device that generates, started and stopped around the work.
-
-    Joules are net of idle too where the store has a certificate of this device with its idle watts.
-    """
-    counter = find_counter(settings, device)
-    idle_w = None if isinstance(counter, Unavailable) else _idle_w(store, counter.device_uuid)
-    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
-    with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
-        if meter.kind == "none":
-            progress.note(f"meter: none, joules are not measured ({meter.reason})")
-        else:
-            progress.note(f"meter: {meter.counter_name} on {meter.device_name}; joules are {meter.kind}")
-        yield meter
-
-
-def _idle_w(store: Store, device_uuid: str) -> float | None:
-    """Idle watts by the latest certificate of this device, if there is one."""
-    for run in queries.list_runs(store, command="calibrate", status="finished"):
-        if run.device_uuid == device_uuid:
-            idle_w = run.summary.get("certificate", {}).get("idle_w")
-            return None if idle_w is None else float(idle_w)
-    return None
-
-
 def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | None) -> Run:
     """The row of a new run, filled with all that is known before the work starts."""
     method = settings.method
@@ -179,47 +136,6 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
         versions=versions(),
         summary={"fingerprint": backbone.fingerprint},
     )
-
-
-def energy_table(
-    settings: Settings,
-    backbone: Backbone,
-    meter: Meter,
-    store: Store,
-    recorder: Recorder,
-    progress: Progress,
-    *,
-    renew: bool = False,
-    resumed: Run | None = None,
-) -> EnergyTable:
-    """The stored table that fits this device, shape and software, or one measured on the way.
-
-    A ``resumed`` run keeps its own, so that it goes on with the prices it began with.
-    """
-    key = table_key(backbone, settings.method, meter)
-    stored = None if renew else queries.latest_calibration(store, key)
-    if resumed is not None and resumed.calibration_id is not None:
-        own = queries.calibration(store, resumed.calibration_id)
-        stored = own if own is not None and own["key"] == key else stored
-    if stored is not None:
-        table = EnergyTable.from_dict(stored["table"])
-        progress.note(f"energy table {table.calibration_id} ({table.kind}): {table.verdict()}")
-    else:
-        table = measure_table(backbone, settings.method, settings.energy, meter, progress)
-        recorder.calibration(
-            {
-                "calibration_id": table.calibration_id,
-                "created_at": table.created_at,
-                "device_uuid": table.device_uuid,
-                "device_name": table.device_name,
-                "kind": table.kind,
-                "key": key,
-                "table": table.as_dict(),
-            }
-        )
-        progress.note(f"energy table {table.calibration_id}, {table.kind} now: {table.verdict()}")
-    recorder.run.calibration_id = table.calibration_id
-    return table
 
 
 def check_reference(settings: Settings, store: Store, run: Run) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hestctl.budget import Budget, Multiplier
 from hestctl.data.prompts import Encoded
 from hestctl.energy.meter import Meter
+from hestctl.energy.model import EnergyModel
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError, Interrupted
 from hestctl.generation.engine import Generator
@@ -34,17 +35,16 @@ from hestctl.training.checkpoint import (
     save_tensors,
 )
 from hestctl.training.loop import Trainer
+from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     Data,
     budget_of,
     check_reference,
     describe,
-    energy_table,
     harden_into,
     load_data,
     new_tuner,
-    open_meter,
     read_inputs,
 )
 from hestctl.workflows.summary import summarise
@@ -144,7 +144,7 @@ class _Work:
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
-        self._evaluate(Generator(self.backbone, tuner.spectral, plan))
+        self._evaluate(Generator(self.backbone, tuner.spectral, plan), table.model)
 
     def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
         s, run = self.settings, self.recorder.run
@@ -281,7 +281,7 @@ class _Work:
             },
         )
 
-    def _evaluate(self, generator: Generator) -> None:
+    def _evaluate(self, generator: Generator, model: EnergyModel | None) -> None:
         split = "test" if self.recorder.run.command == "train" else "validation"
         result = evaluate(
             generator,
@@ -290,6 +290,7 @@ class _Work:
             self.meter,
             split=split,
             labels=self.data.labels,
+            model=model,
             progress=self.progress,
             check=self.recorder.check,
         )

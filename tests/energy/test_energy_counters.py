@@ -380,6 +380,20 @@ class TestOpenCounter:
         answer = open_counter("auto", cuda_uuid=None, nominal_watts=-1)
         assert isinstance(answer, Unavailable)
 
+    @pytest.mark.parametrize("cuda_uuid", [None, "GPU-aaaa"])
+    @pytest.mark.parametrize(
+        "word, near",
+        [("nvlm", "; did you mean 'nvml'?"), ("replay:", "; did you mean 'replay:FILE'?"), ("", "")],
+    )
+    def test_a_word_that_is_no_meter_is_a_usage_error(
+        self, word: str, near: str, cuda_uuid: str | None
+    ) -> None:
+        with pytest.raises(HestError) as caught:
+            open_counter(word, cuda_uuid=cuda_uuid, nominal_watts=8)
+        assert caught.value.exit_code == Exit.USAGE
+        assert caught.value.message == f"unknown meter '{word}'{near}"
+        assert caught.value.hint == "meters: auto, nvml, rapl, estimate, none, replay:FILE"
+
     def test_none_is_none(self) -> None:
         answer = open_counter("none", cuda_uuid="GPU-aaaa", nominal_watts=8)
         assert isinstance(answer, Unavailable) and "none" in answer.reason
@@ -413,6 +427,8 @@ class TestOpenCounter:
 def test_importing_the_meter_imports_neither_torch_nor_drivers() -> None:
     program = (
         "import pkgutil, importlib, sys, hestctl.energy as package\n"
+        "from hestctl.energy import CounterError, Meter, Unavailable, Window, open_counter\n"
+        "print(*{'numpy', 'pydantic'} & set(sys.modules))\n"
         "for module in pkgutil.iter_modules(package.__path__):\n"
         "    importlib.import_module(f'hestctl.energy.{module.name}')\n"
         "print(*sorted({'torch', 'transformers', 'zeus', 'pynvml'} & set(sys.modules)))"

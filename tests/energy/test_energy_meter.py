@@ -133,6 +133,64 @@ def test_2_net_of_idle_is_not_made_up(bench: Maker) -> None:
         assert b.run(1.0).net_energy_j is None
 
 
+def test_2_a_rest_is_a_window_of_the_idle_device(bench: Maker) -> None:
+    b = bench([(-1, 450.0), (1.0, 120.0)])
+    with b.meter as meter:
+        b.clock.advance(1.5)
+        begin_s = b.clock()
+        rest = meter.rest(2.0)
+    assert (rest.name, rest.phase, rest.start_s) == ("rest", "idle", begin_s)
+    assert rest.duration_s == pytest.approx(2.0)
+    assert rest.energy_j == pytest.approx(240, rel=0.02)
+    with Meter(Unavailable("no GPU here"), clock=b.clock, pace=b.clock) as meter:
+        assert_not_measured(meter.rest(2.0), "no GPU here")
+
+
+@pytest.mark.parametrize("idle_w", [112.0, 120.0, 131.0])
+def test_2_idle_that_agrees_within_a_tenth_keeps_net_joules(bench: Maker, idle_w: float) -> None:
+    """Checked right after a load, whose last counter step must not count as rest."""
+    b = bench([(-1, 700.0), (1.05, 120.0)], idle_w=idle_w)
+    with b.meter as meter:
+        b.clock.advance(1001.05 - b.clock())
+        begin_s = b.clock()
+        assert meter.check_idle() is None
+        assert 1.0 < b.clock() - begin_s < 2.0
+        window = b.run(1.0)
+    assert window.net_energy_j == pytest.approx(window.energy_j - idle_w)
+
+
+@pytest.mark.parametrize("idle_w", [107.0, 136.0])
+def test_2_idle_that_has_drifted_takes_net_joules_away(bench: Maker, idle_w: float) -> None:
+    b = bench(120.0, idle_w=idle_w)
+    with b.meter as meter:
+        before = b.run(1.0)
+        told = meter.check_idle(2.0)
+        after = b.run(1.0)
+        assert meter.check_idle() is None, "there is nothing left to check"
+    assert told is not None and "120 W" in told and f"{idle_w:.0f} W" in told and "net of idle" in told
+    assert before.net_energy_j is not None
+    assert after.net_energy_j is None and after.energy_j is not None and after.valid
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"idle_w": None}, {"idle_w": 300.0, "step_s": None}, {"idle_w": 300.0, "faults": Faults(lost_at_s=0.5)}],
+)
+def test_2_idle_that_cannot_be_checked_stays(bench: Maker, options: dict[str, Any]) -> None:
+    b = bench(120.0, **options)
+    with b.meter as meter:
+        assert meter.check_idle() is None
+        assert (b.run(1.0).net_energy_j is None) == ("step_s" not in options)
+
+
+def test_2_a_contended_rest_proves_nothing(bench: Maker) -> None:
+    b = bench(120.0, idle_w=300.0, faults=Faults(foreign_s=(0.0, 2.0)))
+    with b.meter as meter:
+        assert meter.check_idle() is None
+        b.clock.advance(2)
+        assert b.run(1.0).net_energy_j is not None
+
+
 def test_2_a_continuous_counter_is_read_at_the_edges(bench: Maker) -> None:
     b = bench(step_s=None)
     with b.meter as meter:

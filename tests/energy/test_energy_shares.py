@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hestctl.energy.counter import Unavailable
-from hestctl.energy.meter import PhaseSplit, apportion, split_phases
+from hestctl.energy.model import PhaseJoules
+from hestctl.energy.shares import PhaseSplit, apportion, share_batch, split_phases
 
 WEIGHTS = st.lists(st.floats(0, 1e6), min_size=1, max_size=64).filter(lambda weights: sum(weights) > 1e-6)
 
@@ -54,9 +55,6 @@ def test_phases_are_recovered() -> None:
     assert split.new_j_per_token == pytest.approx(2.5)
     assert split.samples == 12
     assert split.prompt_error_j == pytest.approx(0, abs=1e-6)
-    prefill_j, decode_j = split.split_j(200.0, 1000, 60)
-    assert prefill_j + decode_j == pytest.approx(200)
-    assert prefill_j / decode_j == pytest.approx(30 / 150)
 
 
 def test_standard_errors_cover_the_truth_as_often_as_they_say() -> None:
@@ -85,3 +83,24 @@ def test_standard_errors_cover_the_truth_as_often_as_they_say() -> None:
 def test_phases_that_cannot_be_told_apart_are_not(samples: list[tuple[int, int, float]], says: str) -> None:
     split = split_phases(samples)
     assert isinstance(split, Unavailable) and says in split.reason
+
+
+def test_a_batch_is_shared_by_prompt_tokens_for_prefill_and_new_tokens_for_decode() -> None:
+    # A batch of 90 J, of which the model gives a third to prefill.
+    shares = share_batch(90.0, 9.0, [100, 200], [10, 30], PhaseJoules(20.0, 40.0))
+    assert [s.prefill_j for s in shares] == pytest.approx([10.0, 20.0])
+    assert [s.decode_j for s in shares] == pytest.approx([15.0, 45.0])
+    assert [s.energy_j for s in shares] == pytest.approx([25.0, 65.0])
+    assert sum(s.error_j or 0.0 for s in shares) == pytest.approx(9.0)
+    assert [s.error_j for s in shares] == pytest.approx([2.5, 6.5])
+
+
+def test_without_a_model_every_token_weighs_the_same_and_phases_are_not_told_apart() -> None:
+    shares = share_batch(90.0, None, [100, 200], [50, 100], None)
+    assert [s.energy_j for s in shares] == pytest.approx([30.0, 60.0])
+    assert all(s.prefill_j is None and s.decode_j is None and s.error_j is None for s in shares)
+
+
+def test_labels_are_all_prefill() -> None:
+    (share,) = share_batch(5.0, 0.1, [64], [1], PhaseJoules(2.0, 0.0))
+    assert (share.prefill_j, share.decode_j) == (5.0, 0.0)

@@ -9,7 +9,8 @@ import torch
 
 from hestctl.budget import Budget
 from hestctl.data.prompts import train_batch
-from hestctl.energy.table import Cost, EnergyTable
+from hestctl.energy.model import Cost
+from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
 from hestctl.hardening.harden import harden

@@ -52,6 +52,9 @@ def test_mapping_fields_are_the_json_columns() -> None:
     assert [name for name, hint in hints.items() if get_origin(hint) is Mapping] == list(RUN_JSON)
 
 
+NEWEST = len(migrations.MIGRATIONS)
+
+
 def test_the_schema_has_no_keys_or_indexes(store: Store) -> None:
     with recording(store, a_run()), store.reading() as con:
         assert con.execute("SELECT count(*) FROM duckdb_indexes()").fetchall() == [(0,)]
@@ -59,7 +62,7 @@ def test_the_schema_has_no_keys_or_indexes(store: Store) -> None:
         names = {name for (name,) in con.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
         applied = con.execute("SELECT number, name FROM migrations").fetchall()
     assert names == {*TABLES, "migrations"}
-    assert applied == [(1, "create_tables")]
+    assert applied == [(i, step.__name__) for i, step in enumerate(migrations.MIGRATIONS, start=1)]
 
 
 def test_every_migration_says_why_in_one_line() -> None:
@@ -87,7 +90,7 @@ def test_an_older_store_is_migrated_after_a_backup(older: Store) -> None:
         pass
     assert columns(older, "windows")["note"] == "VARCHAR"
     assert {run.run_id for run in list_runs(older)} == {"old-1", "new-1"}
-    backup = older.db.with_name("runs.duckdb.schema-1")
+    backup = older.db.with_name(f"runs.duckdb.schema-{NEWEST}")
     with duckdb.connect(str(backup), read_only=True) as con:
         assert con.execute("SELECT run_id FROM runs").fetchall() == [("old-1",)]
         assert "note" not in {name for name, *_ in con.execute("DESCRIBE windows").fetchall()}
@@ -100,7 +103,7 @@ def test_an_older_store_is_read_as_it_would_be_without_changing_the_file(older: 
     with connect([str(older.db)]) as con:
         assert con.execute("SELECT note, run_id FROM windows").fetchall() == [("none", "old-1")]
     assert older.db.read_bytes() == before
-    assert not older.db.with_name("runs.duckdb.schema-1").exists()
+    assert not older.db.with_name(f"runs.duckdb.schema-{NEWEST}").exists()
 
 
 def test_a_migration_that_fails_changes_nothing(older: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +111,26 @@ def test_a_migration_that_fails_changes_nothing(older: Store, monkeypatch: pytes
         con.execute("DROP TABLE steps")
         con.execute("SELECT * FROM missing")
 
-    monkeypatch.setattr(migrations, "MIGRATIONS", (migrations.create_tables, broken))
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:NEWEST], broken))
     with pytest.raises(HestError), recording(older, a_run("new-1")):
         pytest.fail("the block ran")
     with duckdb.connect(str(older.db), read_only=True) as con:
         assert con.execute("SELECT count(*) FROM steps").fetchall() == [(3,)]
-        assert con.execute("SELECT max(number) FROM migrations").fetchall() == [(1,)]
+        assert con.execute("SELECT max(number) FROM migrations").fetchall() == [(NEWEST,)]
+
+
+def test_a_store_of_schema_1_is_read_and_written(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as early:
+        early.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:1])
+        with recording(store, a_run("old-1")):
+            pass
+    with duckdb.connect(str(store.db), read_only=True) as con:
+        assert "predicted_j" not in {name for name, *_ in con.execute("DESCRIBE samples").fetchall()}
+    with recording(store, a_run("new-1")) as recorder:
+        fill(recorder)
+    assert "predicted_j" in columns(store, "samples")
+    assert {run.run_id for run in list_runs(store)} == {"old-1", "new-1"}
+    assert store.verify() == []
 
 
 def refused(store: Store) -> HestError:

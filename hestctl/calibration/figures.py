@@ -1,0 +1,226 @@
+"""The pieces of work whose joules the energy table lists, as generation runs them.
+
+Shape legend: N rows of a MatMul, D hidden size, K inputs, L layers, R directions, W rows (batch x beams).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hestctl.data.prompts import Encoded
+from hestctl.energy.model import GateKind, Phase
+from hestctl.generation.engine import Generator
+from hestctl.generation.hardpass import HardPass
+from hestctl.hardening.ledger import Ledger, Tariff, incomes
+from hestctl.kernels.int8 import Int8Linear
+from hestctl.model.backbone import Backbone
+from hestctl.model.controller import FactorisedController
+from hestctl.model.gates import OrdinalGate
+from hestctl.model.methods import build_tuner
+from hestctl.settings import MethodName, MethodSettings
+
+TOKENS = 256
+"""Tokens in one pass of what is measured by the prompt token."""
+
+NEW_TOKENS = (1, 33)
+"""A prefill alone, and with so many decode steps that their joules stand out from its own."""
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One figure to be measured: ``make`` builds the work, which does ``units`` of it a call."""
+
+    key: str
+    make: Callable[[], Work]
+    units: int
+
+
+def direction_figures(backbone: Backbone, method: MethodSettings) -> list[Figure]:
+    """One layer's adapter with all directions in one state, and the controller alone."""
+    hidden, rank = backbone.hidden_size, method.rank
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(backbone.device, backbone.dtype)
+
+    x_ND, down_DR, up_RD = random(TOKENS, hidden), random(hidden, rank), random(rank, hidden)
+    controller = FactorisedController(backbone.num_layers, hidden, method.controller_width, generator)
+    controller = controller.to(backbone.device, backbone.dtype)
+    return [
+        Figure("direction/full", lambda: lambda: (x_ND @ down_DR) @ up_RD, TOKENS * rank),
+        Figure("direction/int8", lambda: _int8_adapter(x_ND, down_DR, up_RD), TOKENS * rank),
+        Figure("controller", lambda: lambda: controller(x_ND[None], 0), TOKENS),
+    ]
+
+
+def _int8_adapter(x_ND: Tensor, down_DR: Tensor, up_RD: Tensor) -> Work:
+    """The int8 products as generation would run them: real int8 MatMuls, weights quantised once."""
+    down, up = Int8Linear([down_DR.T]), Int8Linear([up_RD.T])
+    return lambda: up(down(x_ND))
+
+
+def matmul_key(phase: str, rows: int, group: int, state: str) -> str:
+    return f"matmuls/{phase}/rows-{rows}/shape-{group}/{state}"
+
+
+def matmul_figures(backbone: Backbone, rows: Iterable[int]) -> list[Figure]:
+    """All MatMuls of all layers of one shape, one layer after the other, so that no cache keeps a weight.
+
+    ``rows``: rows (batch x beams) of the decode steps asked for; a prefill is measured with 256.
+    """
+    figures = []
+    for group, layers in enumerate(layer_groups(backbone)):
+        modules = [backbone.layers[layer] for layer in layers]
+        for phase, count in passes(rows):
+            for state in ("full", "int8"):
+                figures.append(
+                    Figure(
+                        matmul_key(phase, count, group, state),
+                        partial(_matmuls, modules, count, state),
+                        count * len(layers),
+                    )
+                )
+    return figures
+
+
+def passes(rows: Iterable[int]) -> list[tuple[Phase, int]]:
+    """The phases whose MatMuls are measured, each with the rows of its MatMuls."""
+    return [("prefill", TOKENS), *(("decode", count) for count in rows)]
+
+
+def layer_groups(backbone: Backbone) -> list[tuple[int, ...]]:
+    """Layer indices, those whose MatMuls have the same shapes together."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for index, layer in enumerate(backbone.layers):
+        groups.setdefault(tuple(w.shape for part in _weights(layer) for w in part), []).append(index)
+    return [tuple(group) for group in groups.values()]
+
+
+def _weights(layer: Any) -> list[list[Tensor]]:
+    """A decoder layer's weights (M x K), those with the same input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [p.weight for p in part]
+        for part in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+    ]
+
+
+def _matmuls(layers: Sequence[nn.Module], rows: int, state: str) -> Work:
+    parts = [part for layer in layers for part in _weights(layer)]
+    x_by_K = {part[0].shape[1]: part[0].new_full((rows, part[0].shape[1]), 0.01) for part in parts}
+    if state == "int8":
+        int8 = [(Int8Linear(part), x_by_K[part[0].shape[1]]) for part in parts]
+        return lambda: [linear(x) for linear, x in int8]
+    return lambda: [F.linear(x_by_K[w.shape[1]], w) for part in parts for w in part]
+
+
+GATES: dict[GateKind, MethodName] = {"ordinal": "hest", "linear": "tabs", "static": "bhsp"}
+"""Whose adapters stand for each kind of gate."""
+
+
+def adapter_figures(
+    backbone: Backbone, method: MethodSettings, states: tuple[int, ...], rows: Sequence[int]
+) -> list[Figure]:
+    """All layers' adapters of each kind of gate, ledger included, over a prompt and over one step."""
+    figures = []
+    for gate, name in GATES.items():
+        settings = method.model_copy(update={"name": name})
+        for count in rows:
+            for phase, tokens in (("prefill", TOKENS), ("decode", 1)):
+                figures.append(
+                    Figure(
+                        f"adapters/{gate}/rows-{count}/{phase}",
+                        partial(_adapters, backbone, settings, states, count, tokens),
+                        count * TOKENS if phase == "prefill" else 1,
+                    )
+                )
+    return figures
+
+
+def _adapters(
+    backbone: Backbone, method: MethodSettings, states: tuple[int, ...], rows: int, tokens: int
+) -> Work:
+    tuner = build_tuner(
+        method,
+        backbone.model,
+        layers=backbone.num_layers,
+        hidden=backbone.hidden_size,
+        states=states,
+        seed=0,
+    )
+    spectral = tuner.spectral
+    assert spectral is not None
+    spectral.to(backbone.device)
+    hidden_WTD = torch.ones(rows, tokens, backbone.hidden_size, device=backbone.device, dtype=backbone.dtype)
+    mask_WT = torch.ones(rows, tokens, dtype=torch.long, device=backbone.device)
+    layers, _, rank = spectral.shape
+    ledger = None
+    if isinstance(spectral.gate, OrdinalGate):
+        # An income for everything: what a ledger costs does not hang on what it allows.
+        tariff = Tariff(int8=1, full=1, unit_j=1.0)
+        pace_L = torch.ones(layers, device=backbone.device)
+        work_Q = torch.ones(rows, device=backbone.device)
+        income_LQ = incomes(float(layers * rank), 0.0, pace_L, work_Q, tariff)
+        order_LR = torch.arange(rank, device=backbone.device).repeat(layers, 1)
+        ledger = Ledger(income_LQ, order_LR, tariff, uses_int8=spectral.uses_int8)
+    hard_pass = HardPass(spectral, mask_WT, rows, ledger)
+
+    def run() -> None:
+        for layer in range(layers):
+            hard_pass(layer, hidden_WTD)
+
+    return run
+
+
+def generation_key(batch_size: int, num_beams: int, prompt_tokens: int, new_tokens: int) -> str:
+    return f"generation/batch-{batch_size}/beams-{num_beams}/prompt-{prompt_tokens}/new-{new_tokens}"
+
+
+def generation_figures(
+    backbone: Backbone, batch_sizes: Sequence[int], num_beams: int, lengths: Sequence[int]
+) -> list[Figure]:
+    """Whole generations of the bare backbone, forced to their length; the longest come first."""
+    return [
+        Figure(
+            generation_key(batch, num_beams, prompt, new),
+            partial(_generation, backbone, batch, num_beams, prompt, new),
+            1,
+        )
+        for batch in batch_sizes
+        for prompt in sorted(lengths, reverse=True)
+        for new in sorted(NEW_TOKENS, reverse=True)
+    ]
+
+
+def _generation(backbone: Backbone, batch: int, num_beams: int, prompt: int, new: int) -> Work:
+    """Prompts of random tokens: what they say is of no matter to the joules."""
+    ids = torch.randint(
+        10, backbone.model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(prompt)
+    )
+    rows = [
+        Encoded(
+            sample_id=f"random-{i}",
+            prompt_ids=tuple(row),
+            answer_ids=(),
+            truncated_tokens=0,
+            reference="",
+            label=None,
+        )
+        for i, row in enumerate(ids.tolist())
+    ]
+    generator = Generator(backbone, None, None)
+    return lambda: generator.generate(rows, new_tokens=new, num_beams=num_beams, forced_length=True)

@@ -1,0 +1,239 @@
+"""Measures the energy table on the device at hand, figure by figure, so that a stop loses one at most."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+import transformers
+
+from hestctl.calibration.figures import (
+    GATES,
+    NEW_TOKENS,
+    TOKENS,
+    Figure,
+    Work,
+    adapter_figures,
+    direction_figures,
+    generation_figures,
+    generation_key,
+    layer_groups,
+    matmul_figures,
+    matmul_key,
+    passes,
+)
+from hestctl.energy.meter import Meter
+from hestctl.energy.model import AdapterPass, Cost, EnergyModel, GenerationPoint, LayerMatmuls
+from hestctl.energy.replicate import replicate
+from hestctl.energy.table import EnergyTable, TableKey
+from hestctl.errors import Exit, HestError
+from hestctl.generation.engine import ENGINE
+from hestctl.kernels.int8 import Int8Linear
+from hestctl.model.backbone import Backbone
+from hestctl.progress import Progress
+from hestctl.settings import EnergySettings, MethodSettings
+
+_PARTS = 5
+_CALL_S = 0.005
+"""Work shorter than this is repeated within a call, so that calling costs nothing beside it."""
+
+
+def table_key(backbone: Backbone, method: MethodSettings, meter: Meter) -> TableKey:
+    """What a table of this backbone, method and device is of, and what else its figures depend on."""
+    config = backbone.model.config
+    return TableKey(
+        subject={
+            "device": meter.device_uuid,
+            "shape": f"{backbone.num_layers}x{backbone.hidden_size}x{config.intermediate_size}"
+            f"/{config.num_attention_heads}:{config.num_key_value_heads}/{config.vocab_size}",
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "rank": str(method.rank),
+            "width": str(method.controller_width),
+        },
+        conditions={
+            "meter": meter.counter_name,
+            "driver": meter.driver,
+            "engine": ENGINE,
+            "kernels": Int8Linear.kernel,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Measures figures under a running meter, and keeps them.
+
+    ``found`` holds what an interrupted calibration measured before; ``keep`` is called with all of it after
+    each figure. ``check`` is polled and may raise Interrupted.
+    """
+
+    backbone: Backbone
+    method: MethodSettings
+    energy: EnergySettings
+    meter: Meter
+    progress: Progress
+    check: Callable[[], None]
+    found: dict[str, Cost] = field(default_factory=dict)
+    keep: Callable[[dict[str, Cost]], None] = lambda found: None
+
+    def directions(self) -> EnergyTable:
+        """The prices of directions and controller alone: what training and hardening need.
+
+        Raises HestError (no device) when the meter gives no joules.
+        """
+        self._measure(direction_figures(self.backbone, self.method))
+        return self._table(None)
+
+    def full(self, num_beams: int) -> EnergyTable:
+        """The whole table with the energy model, for the batch sizes and lengths in ``energy``.
+
+        Each figure is metered for at least five times ``energy.calibration_s``, and on until the meter's
+        bound is within ``energy.calibration_precision``; its error is the bound and the standard error over
+        five parts together. Raises HestError (no device) when the meter gives no joules.
+        """
+        batches, lengths = self.energy.batch_sizes, self._lengths()
+        rows = [batch * num_beams for batch in batches]
+        generations = generation_figures(self.backbone, batches, num_beams, lengths)
+        matmuls = matmul_figures(self.backbone, rows)
+        directions = direction_figures(self.backbone, self.method)
+        adapters = len(GATES) * len(rows) * 2
+        total = len(directions) + len(generations) + len(matmuls) + adapters
+        self.progress.note(
+            f"calibrating: {total} figures, at least {total * _PARTS * self.energy.calibration_s:.0f} s"
+        )
+        self._measure(directions, total)
+        states = self._table(None).states
+        self._measure(generations, total)
+        self._measure(matmuls, total)
+        self._measure(adapter_figures(self.backbone, self.method, states, rows), total)
+        return self._table(self._model(num_beams, lengths))
+
+    def _lengths(self) -> list[int]:
+        context = self.backbone.model.config.max_position_embeddings
+        lengths = [length for length in self.energy.lengths if length + max(NEW_TOKENS) <= context]
+        if not lengths:
+            raise HestError(
+                f"no length of {self.energy.lengths} fits {self.backbone.name}'s context of {context} tokens",
+                "--set energy.lengths=16,32",
+                Exit.USAGE,
+            )
+        return lengths
+
+    def _measure(self, figures: Sequence[Figure], total: int | None = None) -> None:
+        started, measured = time.monotonic(), 0
+        with torch.inference_mode():
+            for figure in figures:
+                if figure.key not in self.found:
+                    self.found[figure.key] = self._figure(figure)
+                    self.keep(self.found)
+                    measured += 1
+                all_of_them = len(figures) if total is None else total
+                once_s = (time.monotonic() - started) / max(1, measured)
+                left_s = once_s * (all_of_them - len(self.found))
+                self.progress.advance("calibrating", len(self.found), all_of_them, {"s_left": left_s})
+
+    def _figure(self, figure: Figure) -> Cost:
+        call, repeats = _lengthened(figure.make())
+        measured = replicate(
+            call,
+            self.meter,
+            name=figure.key,
+            phase="calibration",
+            precision=self.energy.calibration_precision,
+            least_s=_PARTS * self.energy.calibration_s,
+            parts=_PARTS,
+            least_count=2,
+            check=self.check,
+        )
+        if measured.energy_j is None or not measured.window.valid:
+            raise HestError(
+                f"calibration gave no joules for {figure.key}: {measured.window.reason}",
+                "`hestctl env` shows the meter; `hestctl calibrate --resume` goes on; "
+                "--meter estimate takes CPU time instead",
+                Exit.NO_DEVICE,
+            )
+        if measured.precision is not None and measured.precision > self.energy.calibration_precision:
+            self.progress.note(f"{figure.key}: known to {100 * measured.precision:.1f} % only")
+        units = figure.units * repeats
+        error_j = math.hypot(measured.error_j or 0.0, measured.spread_j or 0.0)
+        return Cost(measured.energy_j / units, error_j / units)
+
+    def _model(self, num_beams: int, lengths: Sequence[int]) -> EnergyModel:
+        found, batches = self.found, self.energy.batch_sizes
+        rows = [batch * num_beams for batch in batches]
+        return EnergyModel(
+            engine=ENGINE,
+            points=tuple(
+                GenerationPoint(b, num_beams, p, n, found[generation_key(b, num_beams, p, n)])
+                for b in batches
+                for p in lengths
+                for n in NEW_TOKENS
+            ),
+            adapters=tuple(
+                AdapterPass(
+                    gate, w, *(found[f"adapters/{gate}/rows-{w}/{phase}"] for phase in ("prefill", "decode"))
+                )
+                for gate in GATES
+                for w in rows
+            ),
+            matmuls=tuple(
+                LayerMatmuls(
+                    layers, phase, w, *(found[matmul_key(phase, w, group, s)] for s in ("full", "int8"))
+                )
+                for group, layers in enumerate(layer_groups(self.backbone))
+                for phase, w in passes(rows)
+            ),
+        )
+
+    def _table(self, model: EnergyModel | None) -> EnergyTable:
+        now, meter = datetime.now(UTC), self.meter
+        return EnergyTable(
+            calibration_id=f"table-{now:%Y%m%d-%H%M%S-%f}",
+            key=table_key(self.backbone, self.method, meter).text,
+            created_at=now.isoformat(),
+            kind=meter.kind,
+            meter=meter.counter_name,
+            device_name=meter.device_name,
+            device_uuid=meter.device_uuid,
+            dtype=str(self.backbone.dtype).removeprefix("torch."),
+            hidden=self.backbone.hidden_size,
+            rank=self.method.rank,
+            tokens=TOKENS,
+            full=self.found["direction/full"],
+            int8=self.found["direction/int8"],
+            controller=self.found["controller"],
+            model=model,
+        )
+
+
+def _lengthened(work: Work) -> tuple[Work, int]:
+    """``work`` repeated to a few milliseconds a call, and how often; runs it a few times to warm up."""
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        once_s = time.perf_counter() - started
+    repeats = max(1, math.ceil(_CALL_S / max(once_s, 1e-7)))
+    if repeats == 1:
+        return work, 1
+
+    def call() -> None:
+        for _ in range(repeats):
+            work()
+
+    return call, repeats
+
+
+def as_document(found: dict[str, Cost]) -> dict[str, Any]:
+    """Figures by key as JSON-able data; ``from_document`` reads them back."""
+    return {key: [cost.joules, cost.error_j] for key, cost in found.items()}
+
+
+def from_document(document: dict[str, Any]) -> dict[str, Cost]:
+    return {key: Cost(*pair) for key, pair in document.items()}

@@ -1,0 +1,236 @@
+"""The energy model: joules of a generation before it runs, from what ``calibrate`` measured on the device.
+
+A generation is one prefill call and one decode step for every new token but the first, which the prefill
+brings. With P prompt and N new tokens in each of a batch's sequences:
+
+    prefill = call + P * token + P^2 * attention        decode = steps * (step + context * attention_step)
+
+The coefficients are fitted to whole generations metered at several lengths, per batch size and beam width;
+so they hold all that a generation does: MatMuls, attention, head, and the idle watts of launch gaps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
+
+from hestctl.energy.protocol import Unavailable
+
+GateKind = Literal["ordinal", "linear", "static"]
+Phase = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Joules, and the error of that figure (J, one standard error with the meter's bound)."""
+
+    joules: float
+    error_j: float
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationPoint:
+    """Joules of one whole generation of the bare backbone, the entire batch together."""
+
+    batch_size: int
+    num_beams: int
+    prompt_tokens: int
+    new_tokens: int
+    cost: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPass:
+    """What one method's adapters add, gates and ledger included, for one batch's ``rows`` (batch x beams).
+
+    ``prefill`` in joules per row and prompt token, ``decode`` in joules per step of all rows.
+    """
+
+    gate: GateKind
+    rows: int
+    prefill: Cost
+    decode: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMatmuls:
+    """Joules per row and token of one layer's MatMuls, in full precision and in int8.
+
+    ``layers`` are those of this shape: the figure is the mean of all of them, one after the other.
+    """
+
+    layers: tuple[int, ...]
+    phase: Phase
+    rows: int
+    full: Cost
+    int8: Cost
+
+
+class PhaseJoules(NamedTuple):
+    """Predicted joules of one batch's two phases."""
+
+    prefill_j: float
+    decode_j: float
+
+    @property
+    def total_j(self) -> float:
+        return self.prefill_j + self.decode_j
+
+
+@dataclass(frozen=True, slots=True)
+class PassCosts:
+    """The fitted coefficients (J) of one batch size and beam width.
+
+    ``worst`` is the largest relative deviation of a calibrated generation from the fit: how far the two
+    ways to tell the phases apart, by windows of their own and by regression over lengths, disagree.
+    """
+
+    call_j: float
+    token_j: float
+    token2_j: float
+    step_j: float
+    context_j: float
+    worst: float
+    shortest: int
+    longest: int
+
+    def prefill_j(self, prompt_tokens: int) -> float:
+        """Joules of the prefill of ``prompt_tokens`` in each sequence, the first new token included."""
+        return self.call_j + self.token_j * prompt_tokens + self.token2_j * prompt_tokens**2
+
+    def decode_j(self, prompt_tokens: int, new_tokens: int) -> float:
+        """Joules of the decode steps that follow, ``new_tokens - 1`` of them."""
+        steps, context = _decode_terms(prompt_tokens, new_tokens)
+        return self.step_j * steps + self.context_j * context
+
+
+def _decode_terms(prompt_tokens: int, new_tokens: int) -> tuple[int, int]:
+    """Decode steps, and the context tokens that all of them together look back on."""
+    steps = max(0, new_tokens - 1)
+    return steps, steps * prompt_tokens + steps * (steps + 1) // 2
+
+
+@dataclass(frozen=True, slots=True)
+class EnergyModel:
+    """Predicts joules of any plan at any lengths, for the batch sizes and the engine it was measured with."""
+
+    engine: str
+    points: tuple[GenerationPoint, ...]
+    adapters: tuple[AdapterPass, ...]
+    matmuls: tuple[LayerMatmuls, ...]
+
+    def passes(self, batch_size: int, num_beams: int) -> PassCosts | Unavailable:
+        """The coefficients for this batch size and beam width, or why there are none.
+
+        Least squares of relative deviations over the points, no coefficient below zero
+        (Lawson and Hanson's NNLS).
+        """
+        points = [p for p in self.points if (p.batch_size, p.num_beams) == (batch_size, num_beams)]
+        if not points:
+            known = sorted({f"{p.batch_size} x {p.num_beams}" for p in self.points})
+            return Unavailable(
+                f"batch {batch_size} with {num_beams} beams was not calibrated ({', '.join(known)} was)"
+            )
+        import numpy as np
+        from scipy.optimize import nnls
+
+        terms = np.array(
+            [
+                (1, p.prompt_tokens, p.prompt_tokens**2, *_decode_terms(p.prompt_tokens, p.new_tokens))
+                for p in points
+            ],
+            dtype=float,
+        )
+        joules = np.array([p.cost.joules for p in points])
+        relative = terms / joules[:, None]
+        # Columns of like size: P^2 against 1 would cost nnls most of its digits.
+        size = np.linalg.norm(relative, axis=0)
+        size[size == 0] = 1.0
+        found, _ = nnls(relative / size, np.ones(len(points)))
+        coefficients = found / size
+        call_j, token_j, token2_j, step_j, context_j = coefficients.tolist()
+        lengths = [p.prompt_tokens for p in points]
+        return PassCosts(
+            call_j,
+            token_j,
+            token2_j,
+            step_j,
+            context_j,
+            worst=float(np.abs(relative @ coefficients - 1).max()),
+            shortest=min(lengths),
+            longest=max(lengths),
+        )
+
+    def predict(
+        self,
+        prompt_tokens: Sequence[int],
+        new_tokens: Sequence[int],
+        *,
+        num_beams: int = 1,
+        gate: GateKind | None = None,
+        layer_states: Sequence[Literal["off", "int8", "full"]] | None = None,
+    ) -> PhaseJoules | Unavailable:
+        """Joules of one batch: its sequences run to the longest prompt (padding) and the longest answer.
+
+        ``gate``: whose adapters ride along, None for the bare backbone. ``layer_states``: the state of each
+        layer's MatMuls, all full where it is None; a layer that is off keeps its attention's joules.
+        Unavailable, with the reason, for what was not calibrated.
+        """
+        batch_size, rows = len(prompt_tokens), len(prompt_tokens) * num_beams
+        longest, steps = max(prompt_tokens), max(0, max(new_tokens) - 1)
+        costs = self.passes(batch_size, num_beams)
+        if isinstance(costs, Unavailable):
+            return costs
+        prefill_j, decode_j = costs.prefill_j(longest), costs.decode_j(longest, steps + 1)
+        if gate is not None:
+            adapter = next((a for a in self.adapters if (a.gate, a.rows) == (gate, rows)), None)
+            if adapter is None:
+                return Unavailable(f"the {gate} gate was not calibrated with {rows} rows")
+            prefill_j += adapter.prefill.joules * rows * longest
+            decode_j += adapter.decode.joules * steps
+        if layer_states is not None:
+            prefill_j -= self._saved_j("prefill", rows, layer_states) * rows * longest
+            decode_j -= self._saved_j("decode", rows, layer_states) * rows * steps
+        return PhaseJoules(prefill_j, decode_j)
+
+    def matmuls_j(self, phase: Phase, rows: int, state: Literal["int8", "full"]) -> float | None:
+        """Joules per row and token of all layers' MatMuls in one state; None where it was not measured."""
+        held = self._matmuls(phase, rows)
+        if not held:
+            return None
+        return math.fsum(len(m.layers) * getattr(m, state).joules for m in held)
+
+    def _matmuls(self, phase: Phase, rows: int) -> list[LayerMatmuls]:
+        # A prefill has so many rows and tokens at once that its joules per token no longer depend on them.
+        return [m for m in self.matmuls if m.phase == phase and (phase == "prefill" or m.rows == rows)]
+
+    def _saved_j(
+        self, phase: Phase, rows: int, layer_states: Sequence[Literal["off", "int8", "full"]]
+    ) -> float:
+        """Joules per row and token that the layers' states save against all of them at full precision."""
+        saved = 0.0
+        for matmuls in self._matmuls(phase, rows):
+            prices = {"off": 0.0, "int8": matmuls.int8.joules, "full": matmuls.full.joules}
+            saved += math.fsum(prices["full"] - prices[layer_states[layer]] for layer in matmuls.layers)
+        return saved
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> EnergyModel:
+        return cls(
+            engine=document["engine"],
+            points=tuple(GenerationPoint(**_costs(p, "cost")) for p in document["points"]),
+            adapters=tuple(AdapterPass(**_costs(a, "prefill", "decode")) for a in document["adapters"]),
+            matmuls=tuple(
+                LayerMatmuls(**{**_costs(m, "full", "int8"), "layers": tuple(m["layers"])})
+                for m in document["matmuls"]
+            ),
+        )
+
+
+def _costs(document: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {**document, **{name: Cost(**document[name]) for name in names}}

@@ -1,0 +1,163 @@
+"""The meter of the device at hand, and the energy table that fits it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from hestctl.calibration.measure import Calibration, table_key
+from hestctl.energy.counter import open_counter
+from hestctl.energy.meter import Meter
+from hestctl.energy.protocol import Counter, Unavailable
+from hestctl.energy.table import EnergyTable
+from hestctl.errors import Exit, HestError
+from hestctl.model.backbone import Backbone
+from hestctl.progress import Progress
+from hestctl.records import Run
+from hestctl.runs import Recorder
+from hestctl.settings import EnergySettings, Settings
+from hestctl.store import queries
+from hestctl.store.store import Store
+
+
+def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Unavailable:
+    """The energy counter of the device that computes.
+
+    Raises HestError (no device) where one was demanded and is not there.
+    """
+    uuid = str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    return open_counter(settings.meter, cuda_uuid=uuid, nominal_watts=settings.nominal_watts)
+
+
+@contextmanager
+def open_meter(
+    settings: EnergySettings,
+    device: torch.device,
+    store: Store,
+    progress: Progress,
+    *,
+    idle_w: float | None = None,
+) -> Iterator[Meter]:
+    """The meter of the device that generates, started and stopped around the work.
+
+    Joules are net of idle too where ``idle_w`` (W) is given or the store has a certificate of this device
+    with its idle watts, and the device idles at these still.
+    """
+    counter = find_counter(settings, device)
+    if idle_w is None and not isinstance(counter, Unavailable):
+        idle_w = _idle_w(store, counter.device_uuid)
+    synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
+    with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
+        if meter.kind == "none":
+            progress.note(f"meter: none, joules are not measured ({meter.reason})")
+        else:
+            progress.note(f"meter: {meter.counter_name} on {meter.device_name}; joules are {meter.kind}")
+        drift = meter.check_idle()
+        if drift is not None:
+            progress.note(drift)
+        yield meter
+
+
+def _idle_w(store: Store, device_uuid: str) -> float | None:
+    """Idle watts by the latest certificate of this device, if there is one."""
+    for run in queries.list_runs(store, command="calibrate", status="finished"):
+        if run.device_uuid == device_uuid:
+            idle_w = run.summary.get("certificate", {}).get("idle_w")
+            return None if idle_w is None else float(idle_w)
+    return None
+
+
+def energy_table(
+    settings: Settings,
+    backbone: Backbone,
+    meter: Meter,
+    store: Store,
+    recorder: Recorder,
+    progress: Progress,
+    *,
+    resumed: Run | None = None,
+) -> EnergyTable:
+    """The stored table that fits this device, shape and software, or its prices measured on the way.
+
+    A ``resumed`` run keeps its own, so that it goes on with the prices it began with. Raises HestError:
+    usage where the only tables are stale, no device where the meter gives no joules.
+    """
+    own = None if resumed is None else resumed.calibration_id
+    table = stored_table(settings, backbone, meter, store, progress, own=own)
+    if table is None:
+        table = Calibration(
+            backbone, settings.method, settings.energy, meter, progress, recorder.check
+        ).directions()
+        record_table(table, recorder, progress)
+    recorder.run.calibration_id = table.calibration_id
+    return table
+
+
+def stored_table(
+    settings: Settings,
+    backbone: Backbone,
+    meter: Meter,
+    store: Store,
+    progress: Progress,
+    *,
+    own: str | None = None,
+) -> EnergyTable | None:
+    """The newest stored table of this device, backbone and software, or the one whose id is ``own``.
+
+    None where this device never saw this backbone. Raises HestError (usage), with the command that renews
+    it, where a table is there but was measured under other conditions.
+    """
+    key = table_key(backbone, settings.method, meter)
+    found = queries.latest_calibration(store, key.text)
+    if own is not None:
+        mine = queries.calibration(store, own)
+        found = mine if mine is not None and mine["key"] == key.text else found
+    if found is None:
+        stale = queries.latest_calibration(store, key.subject_text, prefix=True)
+        if stale is None:
+            return None
+        raise HestError(
+            f"the energy table {stale['calibration_id']} is stale: {'; '.join(key.changes(stale['key']))}",
+            f"renew it: {calibrate_command(settings)}",
+            Exit.USAGE,
+        )
+    table = EnergyTable.from_dict(found["table"])
+    progress.note(f"energy table {table.calibration_id} of {table.created_at[:10]}: {table.verdict()}")
+    return table
+
+
+def record_table(table: EnergyTable, recorder: Recorder, progress: Progress) -> None:
+    """Put a table that was measured just now into the run, and tell it."""
+    recorder.calibration(
+        {
+            "calibration_id": table.calibration_id,
+            "created_at": table.created_at,
+            "device_uuid": table.device_uuid,
+            "device_name": table.device_name,
+            "kind": table.kind,
+            "key": table.key,
+            "table": table.as_dict(),
+        }
+    )
+    recorder.run.calibration_id = table.calibration_id
+    progress.note(f"energy table {table.calibration_id}, {table.kind} now: {table.verdict()}")
+
+
+def calibrate_command(settings: Settings) -> str:
+    """The command that measures the table of these settings anew."""
+    default = Settings.model_construct()
+    words = [f"hestctl calibrate --db {settings.db}"]
+    for flag, value, usual in (
+        ("--backbone", settings.backbone.name, default.backbone.name),
+        ("--weights", settings.backbone.weights, default.backbone.weights),
+        ("--dtype", settings.backbone.dtype, None),
+        ("--device", settings.backbone.device, default.backbone.device),
+        ("--meter", settings.energy.meter, default.energy.meter),
+        ("--set method.rank", settings.method.rank, default.method.rank),
+        ("--set method.controller_width", settings.method.controller_width, default.method.controller_width),
+    ):
+        if value != usual:
+            words.append(f"{flag}{'=' if ' ' in flag else ' '}{value}")
+    return " ".join(words)
