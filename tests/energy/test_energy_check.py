@@ -103,6 +103,8 @@ def test_one_step_is_what_outer_window_and_counter_may_differ_by() -> None:
     found = checked(device())
     assert found.step_j == pytest.approx(450 * 0.1, rel=0.12)
     assert 0 < abs(found.outer_vs_counter_j) < found.step_j
+    direct = checked(device(step_s=None, read_s=0.004))
+    assert direct.step_j == pytest.approx(450 * 4 * 0.004), "two readings at either end"
 
 
 def test_samples_that_cost_unlike_their_units_fail_the_samples() -> None:
@@ -173,16 +175,17 @@ def test_twice_the_work_is_twice_the_window(monkeypatch: pytest.MonkeyPatch) -> 
     assert verdicts(found)["A/A"] is True
 
 
-def test_windows_that_do_not_add_up_fail_conservation(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("leak_j", [0.01, -0.01])
+def test_windows_that_do_not_add_up_fail_conservation(monkeypatch: pytest.MonkeyPatch, leak_j: float) -> None:
     cut = Meter.cut
 
     def leaky(meter: Meter, start: Edge, end: Edge, *, name: str, phase: str) -> Window:
         window = cut(meter, start, end, name=name, phase=phase)
-        return replace(window, energy_j=window.energy_j - 0.01) if name == "gap" else window
+        return replace(window, energy_j=window.energy_j - leak_j) if name == "gap" else window
 
     monkeypatch.setattr(Meter, "cut", leaky)
     found = checked(device())
-    assert found.conservation_j == pytest.approx(0.29)
+    assert found.conservation_j == pytest.approx(29 * leak_j)
     assert verdicts(found) == dict.fromkeys(DEMANDS, True) | {"conservation": False}
 
 
@@ -213,6 +216,22 @@ def test_polling_that_slows_the_work_is_its_cost() -> None:
         assert found.metering_cost == pytest.approx(reads_per_s * costs_s, rel=0.1)
         assert verdicts(found)["metering cost"] is met
         assert f"{found.metering_cost:.2%}" in sentence(found, "metering cost")
+
+
+@pytest.mark.parametrize("held_up", range(8))
+def test_one_part_that_was_held_up_is_no_cost_of_metering(held_up: int) -> None:
+    d = device()
+    parts: list[int] = []
+
+    def work(units: int) -> None:
+        d.work(units)
+        if "without" in d.stage and units == round(1 / UNIT_S):
+            parts.append(units)
+            d.clock.spend(0.4 if len(parts) == held_up + 1 else 0.0)
+
+    found = check_meter(d.counter, work, clock=d.clock, pace=d.clock, tell=d.tell)
+    assert len(parts) == 8
+    assert abs(found.metering_cost) < 0.001
 
 
 def test_the_readings_at_the_edges_are_a_cost_of_metering_too() -> None:

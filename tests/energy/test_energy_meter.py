@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hestctl.energy.conditions import Conditions
 from hestctl.energy.counter import CounterError, CpuTimeCounter, Unavailable
 from hestctl.energy.fake import FakeClock, FakeCounter, Faults
 from hestctl.energy.meter import Edge, Meter
@@ -383,6 +384,21 @@ def test_8_edges_read_nothing_and_polls_keep_their_distance(bench: Maker) -> Non
         b.clock.advance(10)
         assert b.counter.reads - reads <= 10 / (0.005 + READ_S) + 1
     assert edges[0].point is not None
+
+
+def test_8_the_device_is_looked_at_once_a_second() -> None:
+    looks: list[float] = []
+
+    class Looking(FakeCounter):
+        def conditions(self) -> Conditions:
+            looks.append(self.clock())
+            return super().conditions()
+
+    clock = FakeClock()
+    with Meter(Looking(450.0, clock), clock=clock, pace=clock):
+        looks.clear()
+        clock.advance(20)
+    assert 18 <= len(looks) <= 22
 
 
 def test_8_a_poll_costs_less_than_one_percent_of_a_core() -> None:
