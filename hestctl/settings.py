@@ -129,11 +129,13 @@ class TrainSettings(_Section):
 
     ``learning_rate`` is for directions and LoRA matrices, ``scale_learning_rate`` for their scales s,
     ``gate_learning_rate`` for controllers, ``threshold_learning_rate`` for thresholds (in spreads of
-    their layer's scores).
+    their layer's scores). ``max_energy_j`` is what a run's training may spend by the live meter, over all
+    restarts: evaluations and checkpoints in it count.
     """
 
     epochs: int = Field(default=3, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
+    max_energy_j: float | None = Field(default=None, gt=0)
     learning_rate: float = Field(default=3e-5, gt=0)
     gate_learning_rate: float = Field(default=1e-3, gt=0)
     threshold_learning_rate: float = Field(default=0.03, gt=0)

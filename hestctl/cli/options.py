@@ -73,6 +73,7 @@ _TYPED = {
     "data.source": "--data",
     "train.learning_rate": "--lr",
     "train.gate_learning_rate": "--gate-lr",
+    "train.max_energy_j": "--max-train-joules",
     "profile.batch_sizes": "--batch-size",
     "energy.batch_sizes": "--batch-size",
 }

@@ -40,6 +40,10 @@ def train(
     meter: o.MeterOption = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the training split.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimiser steps at most.")] = None,
+    max_train_joules: Annotated[
+        float | None,
+        typer.Option(help="Joules that training may spend by the live meter, over all restarts."),
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of adapters.")] = None,
     gate_lr: Annotated[float | None, typer.Option(help="Peak learning rate of controller and gates.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a micro-batch.")] = None,
@@ -100,6 +104,7 @@ def train(
         energy__meter=meter,
         train__epochs=epochs,
         train__max_steps=max_steps,
+        train__max_energy_j=max_train_joules,
         train__learning_rate=lr,
         train__gate_learning_rate=gate_lr,
         train__batch_size=batch_size,
@@ -123,6 +128,10 @@ def train(
     if (emax_ratio is not None or emax is not None) and not METHODS[name].budgeted:
         raise HestError(
             f"{name} has no budget: --emax-ratio and --emax bind hest alone", "leave them out", Exit.USAGE
+        )
+    if max_train_joules is not None and not METHODS[name].trained:
+        raise HestError(
+            f"{name} is not trained: --max-train-joules bounds nothing", "leave it out", Exit.USAGE
         )
     if run is not None and not resume:
         raise HestError("--run names a run to go on with", "add --resume", Exit.USAGE)
@@ -196,6 +205,9 @@ def as_json(run: Run) -> dict[str, Any]:
         "train_energy_j": run.train_energy_j,
         "train_time_s": run.train_time_s,
         "train_steps": run.steps,
+        "training_stopped": s.get("training_stopped"),
+        "training_budget_j": s.get("training_budget_j"),
+        "training_overshoot_j": s.get("training_overshoot_j"),
     }
 
 
@@ -221,6 +233,11 @@ def show(run: Run, db: object) -> None:
             f"{run.controller_parameters or 0:,} controller, {run.adapter_parameters or 0:,} adapter",
         ),
     ]
+    if s.get("training_budget_j") is not None:
+        over_j = s["training_overshoot_j"]
+        over = f", overshot by {joules(over_j, kind)}" if over_j else ""
+        told = f"{joules(s['training_budget_j'], kind)}{over}; training ended: {s['training_stopped']}"
+        rows.append(("training budget", told))
     if run.emax_j is not None:
         rows += [
             ("budget E_max", f"{joules(run.emax_j, 'predicted')} a sample in scope {run.scope}"),

@@ -162,7 +162,8 @@ def find_reference(store: Store, run: Run, wanted: str | None) -> Reference | No
             )
         return _reference(named)
     runs = queries.list_runs(store, command="train", method="tabs", status="finished")
-    fit = [old for old in runs if not _differences(old, run)]
+    # One whose training budget let it take no step is no trained reference.
+    fit = [old for old in runs if old.steps and not _differences(old, run)]
     return _reference(fit[0]) if fit else None
 
 

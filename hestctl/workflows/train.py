@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from hestctl.budget import Budget, Multiplier
 from hestctl.data.prompts import Encoded
@@ -28,6 +25,8 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import ensure_space, write_whole
 from hestctl.store.store import Store
+from hestctl.training.account import SPENT_FILE, Account, JoulesUnknown, demand_live_counter
+from hestctl.training.best import Best
 from hestctl.training.checkpoint import (
     latest_checkpoint,
     prune_checkpoints,
@@ -83,6 +82,8 @@ def train(
         changed = _changes(old, settings, data, force=resuming.force)
     ensure_space(store.root, _bytes_needed(settings, backbone))
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
+        if settings.train.max_energy_j is not None and METHODS[settings.method.name].trained:
+            demand_live_counter(meter)
         run = describe(settings, backbone, meter, data)
         check_reference(settings, store, run)
         if trial_of is not None:
@@ -123,6 +124,8 @@ class _Work:
     progress: Progress
     resumed: Run | None
     """The run as it was interrupted, where this one goes on with its very settings."""
+    saved: tuple[int, int] | None = None
+    """Step and latest evaluation of the newest checkpoint."""
 
     def run_all(self) -> None:
         s, run, backbone = self.settings, self.recorder.run, self.backbone
@@ -160,79 +163,109 @@ class _Work:
             budget=budget,
             multiplier=multiplier,
         )
-        best = _Best(patience=s.train.patience)
-        spent = self._continue_from_checkpoint(trainer, best)
-        if trainer.step == 0:
-            trainer.start()
-            self._validate(trainer, best, 0.0, None)
-        elif best.judged_step < trainer.step and self._is_due(trainer):
-            self._validate(trainer, best, trainer.epoch, None)
-        started, edge = time.monotonic(), self.meter.edge()
-        base_j, base_s = spent
-        live_j = self.meter.total_j()
-
-        def so_far() -> tuple[float | None, float]:
-            now_j = self.meter.total_j()
-            joules = None if now_j is None or live_j is None or base_j is None else base_j + now_j - live_j
-            return joules, base_s + time.monotonic() - started
-
+        best = Best(patience=s.train.patience)
+        account = Account(self.meter, self.recorder.folder.path / SPENT_FILE, s.train.max_energy_j)
+        restored = self._continue_from_checkpoint(trainer, best, account)
+        account.check()
         try:
-            for metric in trainer.steps():
-                joules, seconds = so_far()
-                metric = replace(metric, train_energy_j=joules, elapsed_s=seconds)
-                if trainer.step % s.train.log_steps == 0 or trainer.step == trainer.total_steps:
-                    self.recorder.step(metric)
-                self._show(trainer, metric)
-                if self._is_due(trainer):
-                    self._validate(trainer, best, metric.epoch, metric.energy_ratio)
-                if trainer.step % s.train.save_steps == 0 or trainer.step == trainer.total_steps:
-                    self._save(trainer, best, so_far())
-                self.recorder.check()
-                if best.exhausted:
-                    self.progress.note(f"no improvement in {best.patience} evaluations: stopped early")
-                    break
-        except Interrupted:
-            self._save(trainer, best, so_far())
+            if not restored:
+                trainer.start()
+            stopped = self._run_steps(trainer, best, account)
+            self.recorder.window(account.close())
+        except (Interrupted, JoulesUnknown):
+            self._save(trainer, best, account)
             raise
-        window = self.meter.cut(edge, self.meter.edge(), name="training", phase="training")
-        self.recorder.window(window)
-        run.train_energy_j = None if window.energy_j is None or base_j is None else base_j + window.energy_j
-        run.train_time_s = so_far()[1]
-        run.steps = trainer.step
+        finally:
+            account.leave()
+            run.train_energy_j, run.train_time_s = account.joules, account.seconds
+            run.steps = trainer.step
+        self._tell(trainer, best, account, stopped)
         if best.state is not None and best.step != trainer.step:
             self.progress.note(f"taking the best evaluation, step {best.step}")
             tuner.load(best.state)
+
+    def _run_steps(self, trainer: Trainer, best: Best, account: Account) -> str:
+        """Train until something stops it, and say what; the state it stops in is judged and saved."""
+        s = self.settings.train
+        account.book()
+        if best.judged_step < trainer.step and self._is_due(trainer):
+            self._validate(trainer, best, account)
+        steps = trainer.steps()
+        while (stopped := _why_stop(trainer, best, account)) is None:
+            metric = next(steps)
+            account.book("step")
+            metric = replace(metric, train_energy_j=account.joules, elapsed_s=account.seconds)
+            best.ratio = metric.energy_ratio
+            if trainer.step % s.log_steps == 0 or trainer.step == trainer.total_steps:
+                self.recorder.step(metric)
+            self._show(trainer, metric)
+            account.check()
+            if self._is_due(trainer):
+                self._validate(trainer, best, account)
+            if trainer.step % s.save_steps == 0:
+                self._save(trainer, best, account)
+            self.recorder.check()
+        if best.judged_step < trainer.step:  # else training up to here would count for nothing
+            self._validate(trainer, best, account)
+        self._save(trainer, best, account)
+        return stopped
+
+    def _tell(self, trainer: Trainer, best: Best, account: Account, stopped: str) -> None:
+        """Why training stopped, and what became of its budget: to the user, and into the run."""
+        if stopped == PATIENCE:
+            self.progress.note(f"no improvement in {best.patience} evaluations: stopped early")
+        if stopped == MAX_JOULES or account.overshoot_j:
+            self.progress.note(account.told(f"step {trainer.step} of {trainer.total_steps}"))
+        elif account.unread is not None and self.meter.kind != "none":
+            self.progress.note(f"what training has spent is not known: {account.unread}")
+        summary: dict[str, Any] = {"training_stopped": stopped}
+        if account.unread is not None:
+            summary["training_unread"] = account.unread
+        if account.budget_j is not None:
+            summary["training_budget_j"] = account.budget_j
+            summary["training_overshoot_j"] = account.overshoot_j
+        self.recorder.run.summary = {**self.recorder.run.summary, **summary}
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether this step ends with an evaluation."""
         return trainer.step % self.settings.train.eval_steps == 0 or trainer.step == trainer.total_steps
 
-    def _continue_from_checkpoint(self, trainer: Trainer, best: _Best) -> tuple[float | None, float]:
-        """Restore the newest whole checkpoint, if any: joules and seconds spent before it."""
+    def _continue_from_checkpoint(self, trainer: Trainer, best: Best, account: Account) -> bool:
+        """Restore the newest whole checkpoint, and what earlier attempts spent; whether there was one."""
         found, warnings = latest_checkpoint(self._checkpoints)
         for warning in warnings:
             self.progress.note(warning)
         if found is None:
             self.recorder.truncate_steps(-1)
-            return (None if self.meter.kind == "none" else 0.0), 0.0
-        trainer.restore(found.step, found.tensors, found.state)
-        best.restore(found.tensors, found.state)
-        self.recorder.truncate_steps(found.step)
-        self.progress.note(f"resumed at step {found.step} of {trainer.total_steps}")
-        return found.state["train_energy_j"], found.state["train_time_s"]
+        else:
+            trainer.restore(found.step, found.tensors, found.state)
+            best.restore(found.tensors, found.state)
+            self.saved = found.step, best.judged_step
+            self.recorder.truncate_steps(found.step)
+            self.progress.note(f"resumed at step {found.step} of {trainer.total_steps}")
+        earlier = account.go_on(None if found is None else found.state["spent"])
+        if earlier is not None:
+            self.progress.note(earlier)
+        return found is not None
 
-    def _save(self, trainer: Trainer, best: _Best, spent: tuple[float | None, float]) -> None:
+    def _save(self, trainer: Trainer, best: Best, account: Account) -> None:
+        now = trainer.step, best.judged_step
+        if now == self.saved:
+            return
         tensors, state = trainer.state()
-        state = {**state, **best.as_state(), "train_energy_j": spent[0], "train_time_s": spent[1]}
+        state = {**state, **best.as_state(), "spent": account.as_state()}
         save_checkpoint(self._checkpoints, trainer.step, {**tensors, **best.tensors()}, state)
+        self.saved = now
         prune_checkpoints(self._checkpoints, self.settings.train.keep_checkpoints)
         self.recorder.commit()
+        account.book("checkpoint")
 
-    def _validate(self, trainer: Trainer, best: _Best, epoch: float, ratio: float | None) -> None:
+    def _validate(self, trainer: Trainer, best: Best, account: Account) -> None:
         """Answer likelihood (and ROUGE where asked for) of the validation split, by the hard gates."""
-        rows = self.data.validation
+        rows, model = self.data.validation, self.backbone.model
         generator = Generator(self.backbone, trainer.tuner.spectral, None)
-        self.backbone.model.train(False)
+        training = model.training
+        model.train(False)
         nll = tokens = 0.0
         for done, row in enumerate(rows, 1):
             self.recorder.check()
@@ -240,21 +273,22 @@ class _Work:
             tokens += len(row.answer_ids)
             self.progress.advance("validating", done, len(rows), {"nll": nll / tokens})
         rouge = self._validation_rouge(generator, rows[: self.settings.train.early_stop_samples])
-        self.backbone.model.train(self.settings.train.gradient_checkpointing)
+        model.train(training)
         self.recorder.step(
             StepMetric(
                 step=trainer.step,
                 split="validation",
-                epoch=epoch,
+                epoch=trainer.epoch,
                 loss=nll / tokens,
                 task_loss=nll / tokens,
-                energy_ratio=ratio,
+                energy_ratio=best.ratio,
                 rouge_lsum=rouge,
             )
         )
         # Repair mends a small excess, not a large one; before the first step the energy is not known.
-        within = trainer.budget is None or (ratio is not None and ratio <= 1.2)
+        within = trainer.budget is None or (best.ratio is not None and best.ratio <= 1.2)
         best.offer(trainer, nll / tokens if rouge is None else -rouge, within=within)
+        account.book("evaluation")
 
     def _validation_rouge(self, generator: Generator, rows: Sequence[Encoded]) -> float | None:
         if not rows or self.data.labels:
@@ -301,48 +335,16 @@ class _Work:
         return self.recorder.folder.path / "checkpoints"
 
 
-class _Best:
-    """The best evaluation so far, its tensors, and how long none was better."""
+ALL_STEPS, PATIENCE, MAX_JOULES = "all steps", "patience", "max_train_joules"
 
-    def __init__(self, patience: int) -> None:
-        self.patience = patience
-        self.state: dict[str, Tensor] | None = None
-        self.step = 0
-        self.judged_step = -1
-        self._score: float | None = None
-        self._stale = 0
 
-    @property
-    def exhausted(self) -> bool:
-        return self._stale >= self.patience
-
-    def offer(self, trainer: Trainer, score: float, *, within: bool) -> None:
-        """Lower is better; a step over its budget cannot be the best."""
-        self.judged_step = trainer.step
-        if not within:
-            return
-        if self._score is None or score < self._score:
-            self._score, self._stale, self.step = score, 0, trainer.step
-            self.state = trainer.tuner.state()
-        else:
-            self._stale += 1
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"best.{name}": tensor for name, tensor in (self.state or {}).items()}
-
-    def as_state(self) -> dict[str, Any]:
-        return {
-            "best_step": self.step,
-            "best_score": self._score,
-            "best_stale": self._stale,
-            "judged_step": self.judged_step,
-        }
-
-    def restore(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.step, self._score, self._stale = state["best_step"], state["best_score"], state["best_stale"]
-        self.judged_step = state["judged_step"]
-        kept = {k.removeprefix("best."): t for k, t in tensors.items() if k.startswith("best.")}
-        self.state = kept or None
+def _why_stop(trainer: Trainer, best: Best, account: Account) -> str | None:
+    """What ends training before its next step, if anything. Raises JoulesUnknown."""
+    if trainer.step == trainer.total_steps:
+        return ALL_STEPS
+    if best.exhausted:
+        return PATIENCE
+    return None if account.affords_step() else MAX_JOULES
 
 
 def record_evaluation(result: Evaluation, recorder: Recorder) -> None:
@@ -422,8 +424,8 @@ def _changes(old: Run, settings: Settings, data: Data | None, *, force: bool) ->
     return changed
 
 
-_NO_MATTER = ("db", "profile.", "search.")
-"""Settings that play no part in a training run."""
+_NO_MATTER = ("db", "profile.", "search.", "train.max_energy_j")
+"""Settings that play no part in what a training run does, but for how far it comes."""
 
 
 def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -151,6 +151,22 @@ def at_evaluation(number: signal.Signals) -> None:
     Generator.generate = run  # type: ignore[method-assign]
 
 
+def at_validation(nth: int) -> None:
+    """Send SIGTERM as the ``nth`` evaluation of the validation split begins."""
+    from hestctl.workflows import train
+
+    made, count = train.Generator, 0
+
+    def make(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == nth:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return made(*arguments)
+
+    train.Generator = make  # type: ignore[assignment,misc]
+
+
 @pytest.mark.parametrize(
     ("number", "code", "word"),
     [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")],
@@ -178,6 +194,14 @@ def test_a_signal_in_the_evaluation_loses_no_training(place: Study) -> None:
     stopped = run_child(place.folder, *HEST, first=at_evaluation, given=(signal.SIGTERM,))
     assert stopped.code == Exit.TERMINATED
     assert record_of(begun(place))["status"] == "interrupted"
+    assert_as_undisturbed(place, run_cli(place.folder, *HEST, "--resume", "--json"))
+
+
+@pytest.mark.parametrize(("nth", "step"), [(1, 0), (2, 5)])
+def test_a_validation_that_is_broken_off_is_made_up_for(place: Study, nth: int, step: int) -> None:
+    stopped = run_child(place.folder, *HEST, first=at_validation, given=(nth,))
+    assert stopped.code == Exit.TERMINATED
+    assert max(path.name for path in (begun(place) / "checkpoints").iterdir()) == f"step-{step:08d}"
     assert_as_undisturbed(place, run_cli(place.folder, *HEST, "--resume", "--json"))
 
 
