@@ -120,9 +120,14 @@ class RecordingCounter:
         return seen
 
     def window(self, name: str, start_s: float, end_s: float, *, work: float) -> None:
-        """Writes down that so much relative work was done between two times of the clock (s)."""
+        """Writes down that so much relative work was done between two times of the clock (s).
+
+        Raises ValueError once the recording has ended.
+        """
         start_s, end_s = (round(at_s - self._begin_s, 6) for at_s in (start_s, end_s))
         with self._lock:
+            if self._file.closed:
+                raise ValueError(f"window {name!r} comes after the end of the recording")
             self._write({"window": name, "start_s": start_s, "end_s": end_s, "work": work})
 
     def close(self) -> None:
