@@ -103,11 +103,13 @@ def _as_json(done: Profiled) -> dict[str, object]:
         "num_beams": run.num_beams,
         "phases": done.phases,
         "prediction": done.prediction,
+        "left_out": done.left_out,
         "points": [
             {
                 "prompt_tokens": p.prompt_tokens,
                 "batch_size": p.batch_size,
                 "samples": p.samples,
+                "energy_samples": p.valid,
                 "replicates": p.replicates,
                 "latency_s": p.latency_s,
                 "energy_j_per_sample": p.energy_j,
@@ -130,37 +132,43 @@ def _show(done: Profiled) -> None:
     from hestctl.cli.figures_text import number
 
     kind = done.run.energy_kind
-    rows = [
+    columns = [
+        ("prompt", [f"{p.prompt_tokens:,}" for p in done.points]),
+        ("batch", [str(p.batch_size) for p in done.points]),
         (
-            f"{p.prompt_tokens:,}",
-            str(p.batch_size),
-            str(p.samples) if p.replicates == 1 else f"{p.samples} x {p.replicates}",
-            number(p.latency_s, 2),
-            _joules(p.energy_j, p.error_j),
-            "-" if p.prefill_j is None or p.decode_j is None else f"{p.prefill_j:.3g} + {p.decode_j:.3g}",
-            "-" if p.predicted_j is None else f"{p.predicted_j:.4g}",
-            "-" if p.scope_energy_j is None else f"{p.scope_energy_j:.3g}",
-            "-" if p.emax_j is None or p.scope_energy_j is None else f"{p.scope_energy_j / p.emax_j:.3f}",
-        )
-        for p in done.points
+            "n",
+            [str(p.samples) if p.replicates == 1 else f"{p.samples} x {p.replicates}" for p in done.points],
+        ),
+        ("latency s", [number(p.latency_s, 3) for p in done.points]),
+        (f"J a sample ({kind})", [_joules(p.energy_j, p.error_j) for p in done.points]),
+        (
+            f"prefill + decode J ({kind})",
+            [_told(p.prefill_j, p.decode_j) for p in done.points],
+        ),
+        ("J a sample (predicted)", [_told(p.predicted_j) for p in done.points]),
+        ("scope J (predicted)", [_told(p.scope_energy_j) for p in done.points]),
+        (
+            "of E_max",
+            [
+                _told(p.scope_energy_j / p.emax_j) if p.emax_j and p.scope_energy_j else "-"
+                for p in done.points
+            ],
+        ),
     ]
+    # A column that nothing fills (no budget, no calibration) says nothing.
+    columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
     out.table(
         f"{done.run.run_id}: {done.run.method}, {done.run.max_new_tokens} new tokens, {done.run.device_name}",
-        (
-            "prompt",
-            "batch",
-            "n",
-            "latency s",
-            f"J a sample ({kind})",
-            f"prefill + decode J ({kind})",
-            "J a sample (predicted)",
-            "scope J (predicted)",
-            "of E_max",
-        ),
-        rows,
+        [title for title, _ in columns],
+        list(zip(*(cells for _, cells in columns), strict=True)),
         left=0,
-        caption=f"{done.phases}\n{done.prediction}",
+        caption="\n".join(line for line in (done.left_out, done.phases, done.prediction) if line),
     )
+
+
+def _told(*joules: float | None) -> str:
+    known = [f"{value:.3g}" for value in joules if value is not None]
+    return " + ".join(known) if len(known) == len(joules) else "-"
 
 
 def _joules(joules: float | None, error: float | None) -> str:

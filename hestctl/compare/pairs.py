@@ -140,7 +140,7 @@ def _gap(ratio: Measure, score: Quality, kind: EnergyKind) -> Measure:
     if kind == "none":
         return absent("there was no energy meter")
     if kind == "estimated":
-        return absent("the joules are estimated from time, not measured")
+        return absent("the joules are estimated, not measured")
     if ratio.value is None:
         return absent(ratio.reason or "no joules on both sides")
     if score.verdict != "not inferior":
@@ -152,7 +152,7 @@ def _gap(ratio: Measure, score: Quality, kind: EnergyKind) -> Measure:
 
 def _verdict(ratio: Measure, score: Quality, kind: EnergyKind, margin: float) -> tuple[Verdict, str]:
     if kind != "measured":
-        word = "estimated from time" if kind == "estimated" else "not measured"
+        word = "estimated" if kind == "estimated" else "not measured"
         return "inconclusive", f"the joules are {word}; {score.reason}"
     if ratio.value is None:
         return "inconclusive", f"{ratio.reason}; {score.reason}"

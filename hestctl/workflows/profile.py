@@ -28,12 +28,14 @@ from hestctl.workflows.summary import summarise
 class Point:
     """Means over the samples of one prompt length and batch size; ``replicates`` is the most of one sample.
 
+    Joules are means over the ``valid`` ones.
     ``prefill_j`` and ``decode_j`` are apportioned; ``predicted_j`` is the energy model's figure (J).
     """
 
     prompt_tokens: int
     batch_size: int
     samples: int
+    valid: int
     replicates: int
     latency_s: float
     energy_j: float | None
@@ -53,6 +55,8 @@ class Profiled:
     points: list[Point]
     phases: str
     prediction: str
+    left_out: str | None
+    """Which samples are in no mean of joules, and why; None where all are."""
 
 
 def profiled_run(store: Store, run_id: str | None) -> Run | None:
@@ -141,7 +145,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
                 "phases": phases,
                 "prediction": prediction,
             }
-    return Profiled(recorder.run, _points(samples), phases, prediction)
+    return Profiled(recorder.run, _points(samples), phases, prediction, _left_out(samples))
 
 
 def _grid(settings: Settings) -> Iterator[tuple[int, int]]:
@@ -226,6 +230,16 @@ def _prediction(samples: list[Sample], model: EnergyModel | None) -> str:
     )
 
 
+def _left_out(samples: list[Sample]) -> str | None:
+    reasons: dict[str, int] = {}
+    for sample in samples:
+        if sample.energy_j is None or not sample.energy_valid:
+            why = sample.energy_reason or "no joules"
+            reasons[why] = reasons.get(why, 0) + 1
+    told = "; ".join(f"{count} of {len(samples)} samples: {why}" for why, count in reasons.items())
+    return f"left out of the means of joules: {told}" if told else None
+
+
 def _points(samples: list[Sample]) -> list[Point]:
     groups: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
@@ -238,6 +252,7 @@ def _points(samples: list[Sample]) -> list[Point]:
                 prompt_tokens=length,
                 batch_size=batch_size,
                 samples=len(group),
+                valid=figures["energy_samples"],
                 replicates=max(sample.replicates for sample in group),
                 latency_s=figures["latency_p50_s"],
                 energy_j=figures["energy_j_per_sample"],

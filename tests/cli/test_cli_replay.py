@@ -65,6 +65,7 @@ def test_after_the_trace_joules_are_not_measured(tmp_path: Path) -> None:
     outcome = profile(tmp_path, "--meter", trace_of(tmp_path, 0.1))
     assert outcome.code == 0, outcome.err
     assert "not measured" in outcome.out
+    assert "left out of the means of joules: 1 of 1 samples: the trace ends after 0.1 s" in outcome.out
     (folder,) = (tmp_path / "runs").iterdir()
     (sample,) = lines_of(folder, "samples")
     assert (sample["energy_j"], sample["energy_kind"], sample["energy_valid"]) == (None, "none", False)
