@@ -12,8 +12,8 @@ if not torch.cuda.is_available():
     # Our Triton kernels then run in its interpreter. It looks once, at import, and transformers imports it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from hestctl.data.prompts import Encoded  # noqa: E402
-from hestctl.model.backbone import Backbone, tiny_backbone  # noqa: E402
+from hestctl.data.prompts import Encoded
+from hestctl.model.backbone import Backbone, tiny_backbone
 
 torch.set_num_threads(1)
 

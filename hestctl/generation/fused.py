@@ -70,9 +70,8 @@ class FusedDecode:
             self.registers.purse_LQ.copy_(ledger.purse_LQ)
             self.registers.seen_LQ.copy_(ledger.seen_LQ)
 
-    @property
-    def counts_QLS(self) -> Tensor:
-        """The log of the states applied, prompt included."""
+    def log(self) -> Tensor:
+        """The log of the states applied, prompt included, (Q, L, S)."""
         return self.registers.counts_LQS.transpose(0, 1)
 
 

@@ -18,8 +18,10 @@ from hestctl.kernels.devices import multiprocessors
 
 GateKind = Literal["static", "linear", "factorised", "unfactorised"]
 MOST_RANK, MOST_WIDTH, MOST_BEAMS = 64, 128, 16
-_SLICE = 128
-_ROWS = 16
+TILE_ROWS = 16
+"""Rows of a tile: the least a tensor-core product takes. Padding rows are masked and cost no traffic."""
+SLICE = 128
+"""Part of the hidden size that a program projects and expands: 32 programs at 4,096."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +97,8 @@ class AdapterStep:
         ):
             if value > most:
                 raise ValueError(f"{value} {what}: the fused adapter takes at most {most}")
-        tiles = -(-requests // (_ROWS // beams))
-        programs = -(-hidden // _SLICE) * tiles
+        tiles = -(-requests // (TILE_ROWS // beams))
+        programs = -(-hidden // SLICE) * tiles
         fits = programs <= multiprocessors(device)
         self._op = adapter_step
         self._weights = weights
@@ -111,7 +113,7 @@ class AdapterStep:
     def __call__(self, h_W1D: Tensor, real_W: Tensor) -> Tensor:
         weights = self._weights
         out: Tensor = self._op(
-            h_W1D.reshape(h_W1D.shape[0], h_W1D.shape[-1]),
+            h_W1D.reshape(h_W1D.shape[0], h_W1D.shape[-1]).contiguous(),
             weights.down_DR,
             weights.up_RD,
             weights.scale_R,

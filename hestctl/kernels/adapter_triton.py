@@ -23,10 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROWS = 16
-"""Rows of a tile: the least a tensor-core product takes. Padding rows are masked and cost no traffic."""
-_SLICE = 128
-"""Part of the hidden size a program projects and expands: 32 programs at 4,096."""
+from hestctl.kernels.adapter import SLICE, TILE_ROWS
+
 _NORM = 1024
 _WARPS = 4
 _FINE_BITS = tl.constexpr(20)
@@ -190,9 +188,7 @@ def _adapter_kernel(
         tl.store(out + h_at + d[None, :], (here + delta).to(kind), mask=live[:, None] & in_d[None, :])
 
 
-@torch.library.custom_op(
-    "hestctl::adapter_step", mutates_args=("purse_Q", "seen_Q", "counts_QS", "arrivals")
-)
+@torch.library.custom_op("hestctl::adapter_step", mutates_args=("purse_Q", "seen_Q", "counts_QS", "arrivals"))
 def adapter_step(
     h_WD: Tensor,
     down_DR: Tensor,
@@ -221,11 +217,11 @@ def adapter_step(
     (rows, hidden), rank, width = h_WD.shape, down_DR.shape[1], controller_DK.shape[1]
     requests = len(purse_Q)
     beams = rows // requests
-    slices = triton.cdiv(hidden, _SLICE)
+    slices = triton.cdiv(hidden, SLICE)
     out = torch.empty(rows, hidden, dtype=h_WD.dtype, device=h_WD.device)
     part = torch.empty(slices, rows, rank + width, dtype=torch.float32, device=h_WD.device)
     held = torch.empty(2, requests, dtype=torch.int64, device=h_WD.device)
-    per_tile = _ROWS // beams * beams
+    per_tile = TILE_ROWS // beams * beams
     grid = (slices, triton.cdiv(rows, per_tile))
     for before, after in ((True, True),) if joined else ((True, False), (False, True)):
         _adapter_kernel[grid](
@@ -259,8 +255,8 @@ def adapter_step(
             LEDGER=ledger,
             BEFORE=before,
             AFTER=after,
-            ROWS=_ROWS,
-            BD=_SLICE,
+            ROWS=TILE_ROWS,
+            BD=SLICE,
             BR=max(16, triton.next_power_of_2(rank)),
             BK=max(16, triton.next_power_of_2(width)),
             NORM=_NORM,

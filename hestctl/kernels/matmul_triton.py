@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-DECODE_ROWS = 16
 _GROUP = 8
 """Row tiles that walk the columns together in prefill."""
 

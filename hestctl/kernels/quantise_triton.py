@@ -67,13 +67,22 @@ def _results(x_NK: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
 
 
 def _launch(
-    before: str, x: Tensor, q: Tensor, scale: Tensor, weight: Tensor, beside: Tensor, total: Tensor, eps: float
+    before: str,
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    beside: Tensor,
+    total: Tensor,
+    eps: float,
 ) -> None:
     rows, inputs = q.shape
     if inputs > _MOST_INPUTS:
         raise ValueError(f"rows of {inputs} inputs: the kernel takes at most {_MOST_INPUTS}")
     if rows == 0:
         return
+    if x.stride(1) != 1:
+        x = x.contiguous()
     block = triton.next_power_of_2(inputs)
     _quantise_kernel[(rows,)](
         x,
