@@ -16,8 +16,6 @@ Shape legend: W rows (Q requests x beams), D hidden size, R directions, K width 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -26,48 +24,58 @@ from torch import Tensor
 from hestctl.kernels.adapter import SLICE, TILE_ROWS
 
 _NORM = 1024
+_UNROLL = 16
 _WARPS = 4
 _FINE_BITS = tl.constexpr(20)
 _EPSILON = tl.constexpr(1e-6)
 
 
 @triton.jit
-def _product(a: Any, b: Any) -> Any:
+def _product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
     # fp32 models get fp32 products: Triton's default there is TF32.
     return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
-def _sum_slices(part: Any, at: Any, mask: Any, stride: Any, SLICES: tl.constexpr) -> Any:
-    # Unrolled: all reads are under way at once, and the order of the sum is fixed.
-    total = tl.load(part + at, mask=mask, other=0.0, cache_modifier=".cg")
-    for s in tl.static_range(1, SLICES):
-        total += tl.load(part + s * stride + at, mask=mask, other=0.0, cache_modifier=".cg")
+def _sum_slices(
+    part: tl.tensor,
+    at: tl.tensor,
+    mask: tl.tensor,
+    stride: tl.tensor,
+    SLICES: tl.constexpr,
+    UNROLL: tl.constexpr,
+) -> tl.tensor:
+    # UNROLL reads are under way at once; the order of the sum is fixed.
+    total = tl.zeros(at.shape, tl.float32)
+    for start in range(0, SLICES, UNROLL):
+        for s in tl.static_range(0, UNROLL):
+            within = mask & (start + s < SLICES)
+            total += tl.load(part + (start + s) * stride + at, mask=within, other=0.0, cache_modifier=".cg")
     return total
 
 
 @triton.jit
 def _adapter_kernel(
-    h: Any,
-    out: Any,
-    down: Any,
-    up: Any,
-    scale: Any,
-    controller: Any,
-    mix: Any,
-    threshold: Any,
-    gap: Any,
-    centre_spread: Any,
-    real: Any,
-    income: Any,
-    purse: Any,
-    seen: Any,
-    counts: Any,
-    arrivals: Any,
-    part: Any,
-    held: Any,
-    rows: Any,
-    requests: Any,
+    h: tl.tensor,
+    out: tl.tensor,
+    down: tl.tensor,
+    up: tl.tensor,
+    scale: tl.tensor,
+    controller: tl.tensor,
+    mix: tl.tensor,
+    threshold: tl.tensor,
+    gap: tl.tensor,
+    centre_spread: tl.tensor,
+    real: tl.tensor,
+    income: tl.tensor,
+    purse: tl.tensor,
+    seen: tl.tensor,
+    counts: tl.tensor,
+    arrivals: tl.tensor,
+    part: tl.tensor,
+    held: tl.tensor,
+    rows: tl.tensor,
+    requests: tl.tensor,
     D: tl.constexpr,
     R: tl.constexpr,
     K: tl.constexpr,
@@ -83,6 +91,7 @@ def _adapter_kernel(
     BR: tl.constexpr,
     BK: tl.constexpr,
     NORM: tl.constexpr,
+    UNROLL: tl.constexpr,
 ) -> None:
     kind = h.dtype.element_ty
     slice_ = tl.program_id(0)
@@ -135,7 +144,7 @@ def _adapter_kernel(
         if GATE == "static":
             asked = (cut > 0) & live[:, None]
         else:
-            y = _sum_slices(part, y_at, y_mask, stride, SLICES).to(kind).to(tl.float32)
+            y = _sum_slices(part, y_at, y_mask, stride, SLICES, UNROLL).to(kind).to(tl.float32)
             if GATE == "linear":
                 asked = y > 0
             else:
@@ -182,9 +191,13 @@ def _adapter_kernel(
             tl.store(log, tl.load(log, mask=last, other=0) + tokens * R - full, mask=last)
             tl.store(log + 2, tl.load(log + 2, mask=last, other=0) + full, mask=last)
 
-        z = _sum_slices(part, z_at, z_mask, stride, SLICES).to(kind).to(tl.float32)
+        z = _sum_slices(part, z_at, z_mask, stride, SLICES, UNROLL).to(kind).to(tl.float32)
         z = (z * tl.load(scale + r, mask=in_r, other=0.0).to(tl.float32)[None, :]).to(kind)
-        delta = _product(tl.where(allowed, z, 0.0).to(kind), rises).to(kind).to(tl.float32)
+        z = tl.where(allowed, z, 0.0)
+        # The maximum of z and itself: across a reduction Triton leaves layouts alone. Without it, it carries
+        # the product's layout back through the sums and the gates, and some versions fail to compile that.
+        z = tl.max(tl.join(z, z), 2)
+        delta = _product(z.to(kind), rises).to(kind).to(tl.float32)
         tl.store(out + h_at + d[None, :], (here + delta).to(kind), mask=live[:, None] & in_d[None, :])
 
 
@@ -260,6 +273,7 @@ def adapter_step(
             BR=max(16, triton.next_power_of_2(rank)),
             BK=max(16, triton.next_power_of_2(width)),
             NORM=_NORM,
+            UNROLL=min(_UNROLL, triton.next_power_of_2(slices)),
             num_warps=_WARPS,
             launch_cooperative_grid=joined,
         )

@@ -2,11 +2,12 @@
 
 Two kernels. *Prefill*: square-ish tiles, ordered so that programs that run together share weights in the
 cache. *Decode*: 16 rows (real ones padded to one tensor-core tile) and few columns a program, so that every
-SM streams weights; each weight is read once and is marked as the first to leave the cache.
+SM streams weights; each weight is read once and is marked as the first to leave the cache. The inputs are
+not split over programs: 16 columns each already give a merged projection more programs than there are SMs.
 
-Sums are exact in int32. The epilogue is ``fl(fl(sum * token scale) * channel scale)`` in fp32, then
-``+ bias`` in fp32 without contraction, then one rounding to the output type: bit for bit the reference.
-Importing this module imports Triton; ``kernels.devices`` says whether it can run.
+Sums are exact in int32 (up to 133,000 inputs). The epilogue is ``fl(fl(sum * token scale) * channel scale)``
+in fp32, then ``+ bias`` in fp32 without contraction, then one rounding to the output type: bit for bit the
+reference. Importing this module imports Triton; ``kernels.devices`` says whether it can run.
 
 Shape legend: N rows (tokens), K inputs, M outputs; one program takes BN x BM outputs in steps of BK inputs.
 """
@@ -14,7 +15,6 @@ Shape legend: N rows (tokens), K inputs, M outputs; one program takes BN x BM ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -27,15 +27,15 @@ _GROUP = 8
 
 @triton.jit
 def _scaled_store(
-    total: Any,
-    s_x: Any,
-    s_w: Any,
-    bias: Any,
-    out: Any,
-    n: Any,
-    m: Any,
-    rows: Any,
-    outputs: Any,
+    total: tl.tensor,
+    s_x: tl.tensor,
+    s_w: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    n: tl.tensor,
+    m: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
     HAS_BIAS: tl.constexpr,
 ) -> None:
     y = total.to(tl.float32) * tl.load(s_x + n, mask=n < rows, other=0.0)[:, None]
@@ -48,14 +48,14 @@ def _scaled_store(
 
 @triton.jit
 def _prefill_kernel(
-    q_x: Any,
-    q_w: Any,
-    s_x: Any,
-    s_w: Any,
-    bias: Any,
-    out: Any,
-    rows: Any,
-    outputs: Any,
+    q_x: tl.tensor,
+    q_w: tl.tensor,
+    s_x: tl.tensor,
+    s_w: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
     K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -89,14 +89,14 @@ def _prefill_kernel(
 
 @triton.jit
 def _decode_kernel(
-    q_x: Any,
-    q_w: Any,
-    s_x: Any,
-    s_w: Any,
-    bias: Any,
-    out: Any,
-    rows: Any,
-    outputs: Any,
+    q_x: tl.tensor,
+    q_w: tl.tensor,
+    s_x: tl.tensor,
+    s_w: tl.tensor,
+    bias: tl.tensor,
+    out: tl.tensor,
+    rows: tl.tensor,
+    outputs: tl.tensor,
     K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,

@@ -9,8 +9,6 @@ Shape legend: N rows (tokens), K inputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -23,15 +21,15 @@ _TO_EVEN = tl.constexpr(12582912.0)
 
 @triton.jit
 def _quantise_kernel(
-    x: Any,
-    beside: Any,
-    weight: Any,
-    q: Any,
-    scale: Any,
-    total: Any,
-    inputs: Any,
-    stride: Any,
-    epsilon: Any,
+    x: tl.tensor,
+    beside: tl.tensor,
+    weight: tl.tensor,
+    q: tl.tensor,
+    scale: tl.tensor,
+    total: tl.tensor,
+    inputs: tl.tensor,
+    stride: tl.tensor,
+    epsilon: tl.tensor,
     BEFORE: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
