@@ -1,9 +1,9 @@
 """One decoder layer's adapter for one token a row, in one kernel on an NVIDIA device.
 
 RMS normalisation, projection on the directions and the controller, gates, ledger, expansion, sum, and the log
-of states. A single program could not read the layer's 0.5 MB (Llama-2-7B) in less time than the whole step
-may cost, so programs split the hidden size twice: each projects its slice of it, all meet at a barrier, and
-each then decides by itself (the same small integers in every one) and expands its own slice.
+of states. One program a row would read the 0.5 MB of a layer (Llama-2-7B) through a single SM, which takes
+as long as the unfused kernels did. So programs split the hidden size: each projects its slice, all meet at a
+barrier, and each then decides by itself (the same small integers in all of them) and expands its slice.
 
 The barrier needs every program to run at once (a cooperative launch). Where the programs outnumber the SMs,
 the same kernel runs as two launches, one for each side of the barrier.

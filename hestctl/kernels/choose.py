@@ -195,15 +195,16 @@ class _Inputs:
         first = Int8Linear([random(shape.outputs)], kernel="reference").weight
         more = [replace(first, q_MK=first.q_MK.clone()) for _ in range(copies - 1)]
         self._weights = [first, *more]
+        self._expected = self._once("reference")
 
     def wrong(self, name: str) -> str | None:
         """Why this candidate is not to be trusted here; None where it equals the reference."""
         try:
-            y, expected = self._once(name), self._once("reference")
+            y = self._once(name)
         except Exception as error:
             # Whatever a library or Triton's compiler raises for this device is the reason.
             return f"{type(error).__name__}: {error}"
-        return None if torch.equal(y, expected) else "its result differs from the reference"
+        return None if torch.equal(y, self._expected) else "its result differs from the reference"
 
     def run(self, name: str) -> tuple[Callable[[], object], int]:
         """A callable that multiplies by every copy in turn, and how many products that is.

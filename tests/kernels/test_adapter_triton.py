@@ -150,11 +150,9 @@ def test_every_size(hidden, rank, width, beams, lengths):
 
 
 def test_a_long_sequence_never_drifts():
-    fused = side_by_side("factorised", hidden=48, rank=8, beams=2, lengths=(9, 4), tokens=60, seed=5)
-    free = side_by_side(
-        "factorised", hidden=48, rank=8, beams=2, lengths=(9, 4), tokens=60, seed=5, ratio=None
-    )
-    assert fused.log()[..., FULL].sum() < 0.8 * free.log()[..., FULL].sum()
+    fused = side_by_side("factorised", hidden=48, rank=8, beams=2, lengths=(9, 4), tokens=50, seed=5)
+    log = fused.log()
+    assert log[..., FULL].sum() <= 0.3 * log.sum() < log[..., OFF].sum()
 
 
 @pytest.mark.parametrize("ratio", [0.02, 5.0])
