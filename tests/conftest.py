@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Our Triton kernels then run in its interpreter. It looks once, at import, and transformers imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from hestctl.data.prompts import Encoded
 from hestctl.model.backbone import Backbone, tiny_backbone

@@ -64,17 +64,18 @@ class Ledger:
 
     ``allow`` is called once per layer and forward pass, in token order. Memory: a few times L * Q
     integers. A token that is cut may leave less than one int8 direction unspent; what a block of
-    positions left so comes back to the purse at its end, wherever chunks begin and end.
+    positions left so comes back to the purse at its end, wherever chunks begin and end. The fused adapter
+    of decode takes over ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) where a prompt ends.
     """
 
     def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
-        self._income_LQ = income_LQ
+        self.income_LQ = income_LQ
         self._order_LR = order_LR
         self._prices_S = tariff.prices(income_LQ.device)
         self._uses_int8 = uses_int8
-        self._purse_LQ = torch.zeros_like(income_LQ)
+        self.purse_LQ = torch.zeros_like(income_LQ)
         self._unspent_LQ = torch.zeros_like(income_LQ)
-        self._seen_LQ = torch.zeros_like(income_LQ)
+        self.seen_LQ = torch.zeros_like(income_LQ)
         self._position_L = [0] * income_LQ.shape[0]
 
     def allow(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
@@ -88,13 +89,13 @@ class Ledger:
             parts.append(self._allow_block(layer, asked_WTR[:, start:end], real_WT[:, start:end]))
             self._position_L[layer] += end - start
             if self._position_L[layer] % _BLOCK == 0:
-                self._purse_LQ[layer] += self._unspent_LQ[layer]
+                self.purse_LQ[layer] += self._unspent_LQ[layer]
                 self._unspent_LQ[layer] = 0
             start = end
         return torch.cat(parts, 1)
 
     def _allow_block(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
-        requests = self._income_LQ.shape[1]
+        requests = self.income_LQ.shape[1]
         rows, tokens, rank = asked_WTR.shape
         beams = rows // requests
 
@@ -103,11 +104,11 @@ class Ledger:
             return x.view(requests, beams, tokens, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
 
         asked_QNR, real_QN = by_request(asked_WTR), by_request(real_WT).long()
-        nth_QN = self._seen_LQ[layer][:, None] + real_QN.cumsum(1)
-        fine_Q1 = self._income_LQ[layer][:, None]
+        nth_QN = self.seen_LQ[layer][:, None] + real_QN.cumsum(1)
+        fine_Q1 = self.income_LQ[layer][:, None]
         income_QN = ((fine_Q1 * nth_QN) >> _FINE_BITS) - ((fine_Q1 * (nth_QN - real_QN)) >> _FINE_BITS)
         cost_QN = self._prices_S[asked_QNR].sum(-1)
-        start_Q1 = self._purse_LQ[layer][:, None]
+        start_Q1 = self.purse_LQ[layer][:, None]
         # q[t] = max(0, q[t-1] + income[t] - cost[t]), for all t at once (Lindley's recursion).
         walk_QN = start_Q1 + (income_QN - cost_QN).cumsum(1)
         left_QN = walk_QN - walk_QN.cummin(1).values.clamp(max=0)
@@ -115,8 +116,8 @@ class Ledger:
         allowed_QNR = _trim(asked_QNR, before_QN, self._order_LR[layer], self._prices_S, self._uses_int8)
         spent_QN = self._prices_S[allowed_QNR].sum(-1)
         self._unspent_LQ[layer] += (before_QN - left_QN - spent_QN).sum(1)
-        self._purse_LQ[layer] = left_QN[:, -1]
-        self._seen_LQ[layer] = nth_QN[:, -1]
+        self.purse_LQ[layer] = left_QN[:, -1]
+        self.seen_LQ[layer] = nth_QN[:, -1]
         return allowed_QNR.view(requests, tokens, beams, rank).transpose(1, 2).reshape(asked_WTR.shape)
 
 

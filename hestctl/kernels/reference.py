@@ -22,7 +22,8 @@ def quantise_rows(x_NK: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_NK = x_NK.float()
     peak = x_NK.abs().amax(-1, keepdim=True)
-    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+    # Divided by a tensor: dividing by a number multiplies by its rounded reciprocal on CUDA.
+    scale = torch.where(peak > 0, peak / torch.full_like(peak, 127), torch.ones_like(peak))
     return torch.round(x_NK / scale).clamp_(-127, 127).to(torch.int8), scale
 
 
