@@ -21,7 +21,7 @@ from hestctl.generation.native.weights import Heads
 def bucket(tokens: int) -> int:
     """``tokens`` rounded up so that few lengths remain and at most an eighth (from 512 on) is padding."""
     step = 64
-    while tokens > 8 * step:
+    while tokens > 16 * step:
         step *= 2
     return -(-tokens // step) * step
 

@@ -30,8 +30,12 @@ class Network:
         self.before_attention: Callable[..., Any] = stages.before_attention
         self.after_attention: Callable[..., Any] = stages.after_attention
         if backbone.device.type == "cuda":
-            self.before_attention = compiled(stages.before_attention)
-            self.after_attention = compiled(stages.after_attention)
+            self.compile()
+
+    def compile(self) -> None:
+        """Compile the two halves of a layer; each shape of input is compiled at its first use."""
+        self.before_attention = compiled(stages.before_attention)
+        self.after_attention = compiled(stages.after_attention)
 
     @property
     def moved(self) -> bool:

@@ -1,0 +1,30 @@
+"""How many operations a step launches: what a small model's decode time and idle watts hang on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aliases = [returned.alias_info for returned in func._schema.returns]
+        is_view = bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+        if not is_view:
+            self.seen[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count_launches(step: Callable[[], object]) -> Counter[str]:
+    """Operations that ``step`` dispatches, by name, views left out. On a GPU each is a kernel or more."""
+    with torch.inference_mode(), _Counting() as counting:
+        step()
+    return counting.seen
