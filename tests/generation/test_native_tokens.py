@@ -156,4 +156,6 @@ def test_generation_leaves_training_as_it_was(backbone, samples):
     tuner.finish()
     after = mine.generate(rows, new_tokens=NEW, num_beams=1)
     assert after.new_ids != before.new_ids
-    assert after.new_ids == Generator(backbone, None, None).generate(rows, new_tokens=NEW, num_beams=1).new_ids
+    assert (
+        after.new_ids == Generator(backbone, None, None).generate(rows, new_tokens=NEW, num_beams=1).new_ids
+    )

@@ -30,7 +30,14 @@ class Cache:
     """Keys and values of every layer: ``layers[l]`` is (2, Q, K, C, E)."""
 
     def __init__(
-        self, layers: int, requests: int, slots: int, heads: Heads, *, dtype: torch.dtype, device: torch.device
+        self,
+        layers: int,
+        requests: int,
+        slots: int,
+        heads: Heads,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         """Raises HestError, naming what would fit, when there is not enough memory."""
         row_bytes = layers * 2 * heads.kv * slots * heads.size * dtype.itemsize
@@ -39,9 +46,7 @@ class Cache:
             raise _too_large(requests, row_bytes, slots, free)
         try:
             # Zeros, not whatever was there: a masked NaN would still be a NaN.
-            whole = torch.zeros(
-                layers, 2, requests, heads.kv, slots, heads.size, dtype=dtype, device=device
-            )
+            whole = torch.zeros(layers, 2, requests, heads.kv, slots, heads.size, dtype=dtype, device=device)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             raise _too_large(requests, row_bytes, slots, free) from error
         self.layers: tuple[Tensor, ...] = whole.unbind(0)
@@ -62,9 +67,10 @@ def free_bytes(device: torch.device) -> int | None:
 
 def _too_large(requests: int, row_bytes: int, slots: int, free: int | None) -> HestError:
     fits = 0 if free is None else free // row_bytes
-    left = "" if free is None else f" and {free:,} bytes are free, enough for {fits} of them"
+    left = "" if free is None else f"; {free:,} bytes are free, enough for {fits} of them"
+    fewer = f"--set generation.batch_size={max(1, min(fits, requests - 1))}, or " if requests > 1 else ""
     return HestError(
-        f"the cache of {requests} requests does not fit: {slots} slots take {row_bytes:,} bytes a request{left}",
-        f"--set generation.batch_size={max(1, min(fits, requests - 1))}, "
-        "or a lower data.max_tokens, generation.new_tokens or --num-beams",
+        f"the cache of {requests} requests does not fit: "
+        f"{slots} slots take {row_bytes:,} bytes a request{left}",
+        f"{fewer}a lower data.max_tokens, generation.new_tokens or --num-beams",
     )

@@ -107,7 +107,8 @@ class NativeGenerator:
         """Summed negative log-likelihood (nats) of each row's reference answer under the hard gates."""
         sequences = [row.prompt_ids + row.answer_ids for row in rows]
         x_ND, prompts, _ = self._over(sequences, left=False)
-        asked, lengths = [], [len(row.answer_ids) for row in rows]
+        asked: list[int] = []
+        lengths = [len(row.answer_ids) for row in rows]
         for row, last in zip(rows, prompts.last_Q.tolist(), strict=True):
             asked += range(last - len(row.answer_ids), last)
         device = self.backbone.device
@@ -173,4 +174,6 @@ def _log(gates: Gates | None) -> Tensor | None:
 
 def _refuse(reason: str | None) -> None:
     if reason is not None:
-        raise HestError(f"hestctl's engine cannot run this: {reason}", "--engine transformers can", Exit.USAGE)
+        raise HestError(
+            f"hestctl's engine cannot run this: {reason}", "--engine transformers can", Exit.USAGE
+        )

@@ -21,7 +21,7 @@ def compiled(stage: Callable[..., Any], backend: Any = "inductor") -> Callable[.
     run = torch.compile(stage, fullgraph=True, dynamic=False, backend=backend)
 
     def call(*args: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES):  # type: ignore[no-untyped-call]
+        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
             return run(*args)
 
     return call
@@ -35,7 +35,7 @@ class Replay:
     """
 
     def __init__(self, step: Callable[[], None], rewind: Callable[[], None]) -> None:
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
@@ -61,7 +61,7 @@ class LateStop:
     def __init__(self, alive: Tensor) -> None:
         self._alive, self._steps = alive, 0
         self._copy = torch.ones((), dtype=torch.bool, pin_memory=alive.is_cuda)
-        self._done = torch.cuda.Event() if alive.is_cuda else None
+        self._done = torch.cuda.Event() if alive.is_cuda else None  # type: ignore[no-untyped-call]
 
     def stopped(self) -> bool:
         """Ask once before every step."""

@@ -90,7 +90,9 @@ def _unknown_part(backbone: Backbone) -> str | None:
                 return f"layer {index} has a {type(module).__name__} as {name} (LoRA is to be merged first)"
             if not module.weight.is_floating_point():
                 return f"layer {index} keeps {name} in {module.weight.dtype}"
-        biased = {name for name in ("q_proj", "k_proj", "v_proj") if linears[f"self_attn.{name}"].bias is not None}
+        biased = {
+            name for name in ("q_proj", "k_proj", "v_proj") if linears[f"self_attn.{name}"].bias is not None
+        }
         if biased and len(biased) < 3:
             return f"layer {index} has biases on {', '.join(sorted(biased))} only"
     return None

@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class _Counting(TorchDispatchMode):
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -24,7 +24,11 @@ class _Counting(TorchDispatchMode):
 
 
 def count_launches(step: Callable[[], object]) -> Counter[str]:
-    """Operations that ``step`` dispatches, by name, views left out. On a GPU each is a kernel or more."""
-    with torch.inference_mode(), _Counting() as counting:
+    """Operations that ``step`` dispatches, by name.
+
+    Views are left out; an operation that the library itself makes of several (a norm) counts as one.
+    """
+    counting = _Counting()
+    with torch.inference_mode(), counting:
         step()
     return counting.seen

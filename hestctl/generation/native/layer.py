@@ -17,6 +17,8 @@ from hestctl.generation.native.weights import Heads, LayerWeights
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
     """RMS norm in fp32, rounded to the input's type before the weight, as the models were trained."""
+    if x_ND.dtype == torch.float32:  # no rounding in between: the library's own is the same
+        return F.rms_norm(x_ND, weight_D.shape, weight_D, epsilon)
     wide = x_ND.float()
     return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x_ND.dtype)
 
@@ -30,10 +32,10 @@ def before_attention(
     """
     normal_ND = rms_norm(x_ND, layer.norm_in_D, heads.epsilon)
     qkv = layer.qkv(normal_ND).view(-1, heads.query + 2 * heads.kv, heads.size)
-    qk, v = qkv.split((heads.query + heads.kv, heads.kv), 1)
+    turning = heads.query + heads.kv
+    qk, v = qkv[:, :turning], qkv[:, turning:]
     qk = torch.addcmul(qk * cos_N1E, qk.roll(heads.size // 2, -1), sin_N1E)
-    q, k = qk.split((heads.query, heads.kv), 1)
-    return q, k, v
+    return qk[:, : heads.query], qk[:, heads.query :], v
 
 
 def after_attention(x_ND: Tensor, mixed: Tensor, layer: LayerWeights, heads: Heads) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Literal
 
 import torch
@@ -92,16 +93,15 @@ def attend(prompts: Prompts, q_NHE: Tensor, k_NKE: Tensor, v_NKE: Tensor, store:
     """Causal attention within each prompt, (N, H * E); keys and values go to ``store`` (2, Q, K, C, E)."""
     shared = q_NHE.shape[1] != k_NKE.shape[1]
     if prompts.width is not None:
-        q, k, v = (x.unflatten(0, (-1, prompts.width)).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
+        q, k, v = (x.view(-1, prompts.width, *x.shape[1:]).transpose(1, 2) for x in (q_NHE, k_NKE, v_NKE))
         if store is not None:
             store[0, :, :, : prompts.width] = k
             store[1, :, :, : prompts.width] = v
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         return mixed.transpose(1, 2).reshape(len(q_NHE), -1)
-    parts = zip(*(x.split(prompts.lengths) for x in (q_NHE, k_NKE, v_NKE)), strict=True)
     done = []
-    for row, part in enumerate(parts):
-        q, k, v = (x.transpose(0, 1)[None] for x in part)
+    for row, (start, end) in enumerate(pairwise(accumulate(prompts.lengths, initial=0))):
+        q, k, v = (x[start:end].transpose(0, 1)[None] for x in (q_NHE, k_NKE, v_NKE))
         if store is not None:
             store[0, row, :, : k.shape[2]] = k[0]
             store[1, row, :, : k.shape[2]] = v[0]

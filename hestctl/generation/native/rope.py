@@ -20,7 +20,8 @@ def rope_table(backbone: Backbone, positions: int) -> tuple[Tensor, Tensor]:
 
     The first half of sin is negative: ``x * cos + roll(x, E / 2) * sin`` is the rotation.
     """
-    rotary: Any = backbone.model.model.rotary_emb  # type: ignore[union-attr]
+    model: Any = backbone.model
+    rotary = model.model.rotary_emb
     rows = -(-positions // _STEP) * _STEP
     steps_P = torch.arange(rows, dtype=torch.float32, device=backbone.device)
     half = steps_P[:, None, None] * rotary.inv_freq.to(backbone.device, torch.float32)

@@ -53,9 +53,7 @@ class Session:
         self.gates = gates
         heads = network.weights.heads
         room = slots + bucket(rules.new_tokens * beams)
-        self._cache = Cache(
-            len(network.weights.layers), requests, room, heads, dtype=dtype, device=device
-        )
+        self._cache = Cache(len(network.weights.layers), requests, room, heads, dtype=dtype, device=device)
         self._cos, self._sin = network.rope(slots + rules.new_tokens)
         self.choice: Choice = (
             Greedy(rules, requests, vocabulary, device)
@@ -73,13 +71,9 @@ class Session:
 
     def begin(self, sequences: Sequence[Sequence[int]]) -> None:
         """Run the prompts and take the first new tokens."""
-        requests, beams, slots, rules = self._shape
-        prompts = lay_out(
-            sequences,
-            self._position_W.device,
-            width=slots if self._static else None,
-            grid="left",
-        )
+        _, beams, slots, rules = self._shape
+        width = slots if self._static else None
+        prompts = lay_out(sequences, self._position_W.device, width=width, grid="left")
         if self.gates is not None:
             self.gates.begin(prompts, rules.new_tokens)
         x_ND = self._network.over(prompts, self.gates, self._cache.layers)
@@ -137,18 +131,19 @@ class Session:
         if self._shape.beams == 1:
             return mask
         heads = self._network.weights.heads
-        return mask.repeat_interleave(heads.query // heads.kv, 2)
+        return mask[:, :, :, None].expand(-1, -1, -1, heads.query // heads.kv, -1).flatten(2, 3)
 
-    def _attend(self, store: Tensor, q_WHE: Tensor, k_WKE: Tensor, v_WKE: Tensor, mask: Tensor | None) -> Tensor:
-        beams = (-1, self._shape.beams)
-        store[0].index_copy_(2, self._slots_B, k_WKE.unflatten(0, beams).transpose(1, 2))
-        store[1].index_copy_(2, self._slots_B, v_WKE.unflatten(0, beams).transpose(1, 2))
-        heads = k_WKE.shape[1]
+    def _attend(
+        self, store: Tensor, q_WHE: Tensor, k_WKE: Tensor, v_WKE: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        beams, (rows, heads, size) = self._shape.beams, k_WKE.shape
+        for cached, new in zip(store, (k_WKE, v_WKE), strict=True):
+            cached.index_copy_(2, self._slots_B, new.view(-1, beams, heads, size).transpose(1, 2))
         # The queries that share a key head, beam by beam, are rows of one small MatMul.
-        q = q_WHE.unflatten(1, (heads, -1)).unflatten(0, beams).transpose(1, 2)
+        q = q_WHE.reshape(rows // beams, beams, heads, -1, size).transpose(1, 2)
         k, v = store[:, :, :, : self._used].unbind(0)
         mixed = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=mask)
-        return mixed.view(q.shape).transpose(1, 2).reshape(len(q_WHE), -1)
+        return mixed.view(q.shape).transpose(1, 2).reshape(rows, -1)
 
     def _rewind(self) -> None:
         """The state of a batch without prompts: enough for a step that counts for nothing."""
