@@ -210,14 +210,25 @@ def test_a_cache_that_does_not_fit_names_what_would(backbone, samples, monkeypat
 
 
 def test_beams_share_the_cache_of_the_prompt(backbone, samples):
-    rows = samples(2)
-    engine = NativeGenerator(backbone, None, None)
-    sizes = []
-    for beams in (1, 4):
-        session = warm(engine, rows, beams)
-        sizes.append(session._cache.layers[0].shape)
+    rows, engine = samples(2), NativeGenerator(backbone, None, None)
+    sizes = [warm(engine, rows, beams)._stores[0].shape for beams in (1, 4)]
     assert sizes[0] == sizes[1]
-    assert Generator(backbone, None, None).generate(rows, new_tokens=NEW, num_beams=4)
+
+
+def test_warming_up_makes_every_session_and_one_cache(backbone, samples):
+    rows = [*samples(4), *samples(1, prompt=90)]
+    engine = NativeGenerator(backbone, *adapted("hest", backbone, rows), static=True)
+    asked = {"new_tokens": NEW, "num_beams": 2}
+    assert engine.warm_up(rows, batch_size=2, **asked) == 2
+    made, memory = dict(engine._sessions), engine._memory.data_ptr()
+    results = [engine.generate(rows[start : start + 2], **asked) for start in (0, 2, 4)]
+    assert engine._sessions == made
+    assert engine._memory.data_ptr() == memory
+    fresh = NativeGenerator(backbone, engine.adapters, engine.plan)
+    assert fresh.warm_up(rows, batch_size=2, **asked) == 1
+    assert [fresh.generate(rows[start : start + 2], **asked).new_ids for start in (0, 2, 4)] == [
+        result.new_ids for result in results
+    ]
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 65, 512, 513, 1000, 1025, 4000, 4097])

@@ -9,7 +9,9 @@ Shape legend: L layers, Q requests, K heads, C slots, E head size.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,30 +28,36 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-class Cache:
-    """Keys and values of every layer: ``layers[l]`` is (2, Q, K, C, E)."""
+class CacheShape(NamedTuple):
+    """(L, key or value, Q, K, C, E)."""
 
-    def __init__(
-        self,
-        layers: int,
-        requests: int,
-        slots: int,
-        heads: Heads,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        """Raises HestError, naming what would fit, when there is not enough memory."""
-        row_bytes = layers * 2 * heads.kv * slots * heads.size * dtype.itemsize
-        free = free_bytes(device)
-        if free is not None and requests * row_bytes > free:
-            raise _too_large(requests, row_bytes, slots, free)
-        try:
-            # Zeros, not whatever was there: a masked NaN would still be a NaN.
-            whole = torch.zeros(layers, 2, requests, heads.kv, slots, heads.size, dtype=dtype, device=device)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            raise _too_large(requests, row_bytes, slots, free) from error
-        self.layers: tuple[Tensor, ...] = whole.unbind(0)
+    layers: int
+    pair: int
+    requests: int
+    heads: int
+    slots: int
+    size: int
+
+
+def cache_shape(layers: int, requests: int, slots: int, heads: Heads) -> CacheShape:
+    """The cache of ``requests`` requests with ``slots`` slots each."""
+    return CacheShape(layers, 2, requests, heads.kv, slots, heads.size)
+
+
+def allocate(shape: CacheShape, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a cache of that shape, flat: every smaller cache fits in it as well.
+
+    Raises HestError, naming what would fit, when there is not enough.
+    """
+    row_bytes = math.prod(shape) // shape.requests * dtype.itemsize
+    free = free_bytes(device)
+    if free is not None and shape.requests * row_bytes > free:
+        raise _too_large(shape.requests, row_bytes, shape.slots, free)
+    try:
+        # Zeros, not whatever was there: a masked NaN would still be a NaN.
+        return torch.zeros(math.prod(shape), dtype=dtype, device=device)
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        raise _too_large(shape.requests, row_bytes, shape.slots, free) from error
 
 
 def free_bytes(device: torch.device) -> int | None:

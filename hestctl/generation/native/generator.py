@@ -5,6 +5,7 @@ Shape legend: Q requests, V vocabulary, L layers, S = 3 states.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
@@ -16,7 +17,7 @@ from torch import Tensor
 from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generated
-from hestctl.generation.native.cache import bucket
+from hestctl.generation.native.cache import allocate, bucket
 from hestctl.generation.native.choice import Rules
 from hestctl.generation.native.gates import Directions, Gates
 from hestctl.generation.native.known import repetition_penalty, unsupported
@@ -30,8 +31,8 @@ from hestctl.model.spectral import SpectralAdapters
 
 ENGINE = "hestctl"
 
-_SESSIONS = 4
-"""Batch shapes whose buffers (and graphs) are kept; the one used longest ago goes first."""
+_SESSIONS = 32
+"""Batch shapes whose graphs are kept; they share one cache. The one used longest ago goes first."""
 
 
 class NativeGenerator:
@@ -62,6 +63,32 @@ class NativeGenerator:
         self._directions = None if adapters is None else Directions(adapters, backbone.dtype)
         self._network = Network(backbone, precision)
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
+        self._memory = torch.empty(0, dtype=backbone.dtype)
+
+    @torch.inference_mode()
+    def warm_up(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        batch_size: int,
+        new_tokens: int,
+        num_beams: int,
+        forced_length: bool = False,
+    ) -> int:
+        """Pay beforehand for what a first time costs, and say how many batches were run for it.
+
+        On a GPU one batch of every shape that ``rows`` will have, the largest first (compilation, capture,
+        memory); on a CPU the first batch alone. Errors as ``generate``.
+        """
+        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
+        network = self._network
+        chosen = sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True)
+        for shape in chosen if self._static else ():
+            self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
+        if not self._static:
+            self.generate(parts[0], new_tokens=new_tokens, num_beams=num_beams, forced_length=forced_length)
+        return len(chosen) if self._static else 1
 
     @torch.inference_mode()
     def generate(
@@ -72,16 +99,8 @@ class NativeGenerator:
         ``forced_length`` makes it exactly that many: stop tokens cannot be chosen before. Raises HestError
         when the cache does not fit or the model cannot look back so far.
         """
-        longest = max(len(row.prompt_ids) for row in rows)
-        _refuse(unsupported(self.backbone, longest + new_tokens))
-        rules = Rules(
-            new_tokens,
-            self.backbone.stop_ids,
-            self.backbone.pad_id,
-            forced_length,
-            repetition_penalty(self.backbone),
-        )
-        session = self._session(Shape(len(rows), num_beams, bucket(longest), rules))
+        shape = self._shape(rows, new_tokens, num_beams, forced_length)
+        session = self._session(shape)
         session.begin([row.prompt_ids for row in rows])
         stop = session.stop()
         for _ in range(new_tokens - 1):
@@ -90,7 +109,7 @@ class NativeGenerator:
             session.decode()
         new_ids, stopped = [], []
         for row in session.choice.result():
-            end = next((i + 1 for i, token in enumerate(row) if token in rules.stop_ids), None)
+            end = next((i + 1 for i, token in enumerate(row) if token in shape.rules.stop_ids), None)
             new_ids.append(row[: end or len(row)])
             stopped.append(end is not None)
         return Generated(new_ids, stopped, _log(session.gates))
@@ -139,22 +158,33 @@ class NativeGenerator:
             gates.begin(prompts, 0)
         return self._network.over(prompts, gates, None), prompts, gates
 
+    def _shape(self, rows: Sequence[Encoded], new_tokens: int, beams: int, forced: bool) -> Shape:
+        longest = max(len(row.prompt_ids) for row in rows)
+        _refuse(unsupported(self.backbone, longest + new_tokens))
+        stop_ids, pad_id = self.backbone.stop_ids, self.backbone.pad_id
+        rules = Rules(new_tokens, stop_ids, pad_id, forced, repetition_penalty(self.backbone))
+        return Shape(len(rows), beams, bucket(longest), rules)
+
     def _session(self, shape: Shape) -> Session:
         self._look_again()
         session = self._sessions.pop(shape, None)
         if session is None:
-            gates = self._gates(shape.requests, shape.beams)
             while len(self._sessions) >= _SESSIONS:
                 self._sessions.popitem(last=False)
-            try:
-                session = Session(self._network, shape, gates, static=self._static)
-            except HestError:
-                if not self._sessions:
-                    raise
-                self._sessions.clear()  # what was kept warm gives way to what is asked for
-                session = Session(self._network, shape, gates, static=self._static)
+            gates = self._gates(shape.requests, shape.beams)
+            memory = self._room(shape)
+            session = Session(self._network, shape, gates, memory, static=self._static)
         self._sessions[shape] = session
         return session
+
+    def _room(self, shape: Shape) -> Tensor:
+        """Memory for the cache, the same for every session as long as it is large enough."""
+        wanted = shape.cache(self._network)
+        if len(self._memory) < math.prod(wanted):
+            self._sessions.clear()
+            self._memory = self._memory.new_empty(0)
+            self._memory = allocate(wanted, self.backbone.dtype, self.backbone.device)
+        return self._memory
 
     def _gates(self, requests: int, beams: int) -> Gates | None:
         if self._directions is None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
-from transformers import GenerationConfig
 
 from hestctl.model.backbone import Backbone
 from hestctl.model.random_weights import FAMILIES
 
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 """Rotary variants whose frequencies do not change with the length of the input."""
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 # What generation_config.json may ask for that changes the choice of a token, and its neutral values.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -52,6 +53,9 @@ def unsupported(backbone: Backbone, positions: int | None = None) -> str | None:
     rope = model.model.rotary_emb.rope_type
     if rope not in _FIXED_ROPE:
         return f"the model's rotary embedding is of the kind {rope!r}, which changes with the length"
+    first: Any = backbone.layers[0]
+    if 2 * model.model.rotary_emb.inv_freq.numel() != first.self_attn.head_dim:
+        return "the model rotates a part of each head only"
     window = sliding_window(backbone)
     if window is not None and positions is not None and positions > window:
         return f"the model looks back {window} tokens only (sliding window), and {positions} are asked for"
@@ -73,8 +77,7 @@ def sliding_window(backbone: Backbone) -> int | None:
 
 def repetition_penalty(backbone: Backbone) -> float:
     """What transformers' own ``generate`` applies for this model, 1.0 where nothing."""
-    config: GenerationConfig | None = copy.copy(backbone.model.generation_config)
-    penalty = getattr(config, "repetition_penalty", None)
+    penalty = getattr(backbone.model.generation_config, "repetition_penalty", None)
     return 1.0 if penalty is None else float(penalty)
 
 
@@ -96,7 +99,3 @@ def _unknown_part(backbone: Backbone) -> str | None:
         if biased and len(biased) < 3:
             return f"layer {index} has biases on {', '.join(sorted(biased))} only"
     return None
-
-
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_MLP = ("gate_proj", "up_proj", "down_proj")

@@ -13,6 +13,7 @@ heads, G = H / K, E head size, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.generation.native.beams import BeamSearch
-from hestctl.generation.native.cache import Cache, bucket
+from hestctl.generation.native.cache import CacheShape, bucket, cache_shape
 from hestctl.generation.native.choice import Choice, Greedy, Rules
 from hestctl.generation.native.gates import Gates
 from hestctl.generation.native.graph import LateStop, PromptStop, Replay
@@ -37,23 +38,32 @@ class Shape(NamedTuple):
     prompt_slots: int
     rules: Rules
 
+    def cache(self, network: Network) -> CacheShape:
+        """The cache it needs: the prompt's slots once, and a slot for each beam and new token."""
+        slots = self.prompt_slots + bucket(self.rules.new_tokens * self.beams)
+        weights = network.weights
+        return cache_shape(len(weights.layers), self.requests, slots, weights.heads)
+
 
 class Session:
     """``begin`` runs the prompts and takes the first tokens; ``decode`` every further one.
 
     ``static`` is how a GPU wants it: prompts padded to their bucket, attention over all slots under a
-    mask, stops looked at late. Raises HestError where the cache does not fit.
+    mask, stops looked at late. ``memory`` is flat and holds the cache; sessions that never run at once
+    may share it.
     """
 
-    def __init__(self, network: Network, shape: Shape, gates: Gates | None, *, static: bool) -> None:
+    def __init__(
+        self, network: Network, shape: Shape, gates: Gates | None, memory: Tensor, *, static: bool
+    ) -> None:
         device, dtype = network.backbone.device, network.backbone.dtype
         requests, beams, slots, rules = shape
         vocabulary = network.weights.head.weight_MD.shape[0]
         self._network, self._shape, self._static = network, shape, static
         self.gates = gates
-        heads = network.weights.heads
-        room = slots + bucket(rules.new_tokens * beams)
-        self._cache = Cache(len(network.weights.layers), requests, room, heads, dtype=dtype, device=device)
+        cached = shape.cache(network)
+        room = cached.slots
+        self._stores = memory[: math.prod(cached)].view(cached).unbind(0)
         self._cos, self._sin = network.rope(slots + rules.new_tokens)
         self.choice: Choice = (
             Greedy(rules, requests, vocabulary, device)
@@ -76,7 +86,7 @@ class Session:
         prompts = lay_out(sequences, self._position_W.device, width=width, grid="left")
         if self.gates is not None:
             self.gates.begin(prompts, rules.new_tokens)
-        x_ND = self._network.over(prompts, self.gates, self._cache.layers)
+        x_ND = self._network.over(prompts, self.gates, self._stores)
         logits_QV = self._network.logits(x_ND[prompts.last_Q])
         lengths_Q = torch.tensor(prompts.lengths, device=self._position_W.device)
         self._position_W.copy_(lengths_Q.repeat_interleave(beams))
@@ -110,7 +120,7 @@ class Session:
         mask = self._visible()
         for index, layer in enumerate(network.weights.layers):
             q, k, v = network.before_attention(x_WD, layer, cos, sin, heads)
-            mixed = self._attend(self._cache.layers[index], q, k, v, mask)
+            mixed = self._attend(self._stores[index], q, k, v, mask)
             x_WD = network.after_attention(x_WD, mixed, layer, heads)
             if self.gates is not None:
                 x_WD = self.gates.token(index, x_WD, alive)
