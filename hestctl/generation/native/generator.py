@@ -81,14 +81,14 @@ class NativeGenerator:
         memory); on a CPU the first batch alone. Errors as ``generate``.
         """
         parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-        shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
-        network = self._network
-        chosen = sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True)
-        for shape in chosen if self._static else ():
-            self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
         if not self._static:
             self.generate(parts[0], new_tokens=new_tokens, num_beams=num_beams, forced_length=forced_length)
-        return len(chosen) if self._static else 1
+            return 1
+        shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
+        network = self._network
+        for shape in sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
+            self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
+        return len(shapes)
 
     @torch.inference_mode()
     def generate(
