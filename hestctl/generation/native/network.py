@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class Network:
         self.before_attention: Callable[..., Any] = stages.before_attention
         self.after_attention: Callable[..., Any] = stages.after_attention
         if backbone.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the joined projections stood in before
             self.compile()
 
     def compile(self) -> None:
