@@ -39,8 +39,9 @@ class NativeGenerator:
     """A backbone with hardened adapters, ready to generate; base and merged LoRA have no adapters.
 
     ``precision`` int8 runs the decoder layers' MatMuls in int8. ``static`` lays everything out as a GPU
-    needs it; by default where there is one. Adapters that change afterwards need a new generator;
-    a backbone whose parameters are put elsewhere (LoRA merged) is read again.
+    needs it; by default where there is one. int8 codes and adapters are taken as they are when the
+    generator is made: merge LoRA and harden before. A backbone whose parameters are put elsewhere is read
+    again.
 
     Raises HestError (usage) where ``unsupported`` has a reason.
     """
