@@ -57,10 +57,13 @@ class NativeGenerator:
         precision: Precision = "full",
         static: bool | None = None,
     ) -> None:
+        on_gpu = backbone.device.type == "cuda"
         _refuse(unsupported(backbone))
+        if on_gpu and adapters is not None and adapters.uses_int8 and adapters.shape[2] % 8:
+            _refuse(f"int8 products on a GPU need ranks of multiples of 8, not {adapters.shape[2]}")
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
         self.precision = precision
-        self._static = backbone.device.type == "cuda" if static is None else static
+        self._static = on_gpu if static is None else static
         self._directions = None if adapters is None else Directions(adapters, backbone.dtype)
         self._network = Network(backbone, precision)
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
