@@ -64,8 +64,9 @@ class Ledger:
 
     ``allow`` is called once per layer and forward pass, in token order. Memory: a few times L * Q
     integers. A token that is cut may leave less than one int8 direction unspent; what a block of
-    positions left so comes back to the purse at its end, wherever chunks begin and end. The fused adapter
-    of decode takes over ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) where a prompt ends.
+    positions left so comes back to the purse at its end, wherever chunks begin and end. Calls of one
+    token keep their whole state on the device, so that a CUDA graph may hold them. The fused adapter of
+    decode takes over ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) where a prompt ends.
     """
 
     def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
@@ -76,7 +77,19 @@ class Ledger:
         self.purse_LQ = torch.zeros_like(income_LQ)
         self._unspent_LQ = torch.zeros_like(income_LQ)
         self.seen_LQ = torch.zeros_like(income_LQ)
-        self._position_L = [0] * income_LQ.shape[0]
+        # Where each layer stands within its blocks: on the device, so that a graph of one-token steps
+        # carries it on, and here, to cut longer calls at the blocks' ends.
+        self._position_L = torch.zeros(len(income_LQ), dtype=torch.int64, device=income_LQ.device)
+        self._start_L = [0] * len(income_LQ)
+
+    def restart(self, fresh: Ledger) -> None:
+        """Become ``fresh`` (of the same shape) in the memory this ledger already holds."""
+        for mine, other in zip(self._state(), fresh._state(), strict=True):
+            mine.copy_(other)
+        self._start_L = list(fresh._start_L)
+
+    def _state(self) -> tuple[Tensor, ...]:
+        return (self.income_LQ, self.purse_LQ, self._unspent_LQ, self.seen_LQ, self._position_L)
 
     def allow(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
         """The states that may run, (W, T, R). ``real_WT`` is false on padding, which is always off."""
@@ -84,15 +97,22 @@ class Ledger:
         parts, start, tokens = [], 0, asked_WTR.shape[1]
         while start < tokens:
             # With whole directions as the only price nothing is ever left over: no blocks are needed.
-            room = _BLOCK - self._position_L[layer] % _BLOCK if self._uses_int8 else tokens
+            room = _BLOCK - self._start_L[layer] % _BLOCK if self._uses_int8 else tokens
             end = min(tokens, start + room)
             parts.append(self._allow_block(layer, asked_WTR[:, start:end], real_WT[:, start:end]))
-            self._position_L[layer] += end - start
-            if self._position_L[layer] % _BLOCK == 0:
-                self.purse_LQ[layer] += self._unspent_LQ[layer]
-                self._unspent_LQ[layer] = 0
+            self._start_L[layer] += end - start
+            if self._uses_int8:
+                self._close_block(layer, end - start)
             start = end
         return torch.cat(parts, 1)
+
+    def _close_block(self, layer: int, tokens: int) -> None:
+        """Step on by ``tokens``; at a block's end its unspent units return to the purse."""
+        position = self._position_L[layer]
+        position += tokens
+        back_Q = self._unspent_LQ[layer] * (position % _BLOCK == 0)
+        self.purse_LQ[layer] += back_Q
+        self._unspent_LQ[layer] -= back_Q
 
     def _allow_block(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
         requests = self.income_LQ.shape[1]

@@ -1,0 +1,122 @@
+"""The adapters inside the engine: gates decide, the ledger allows, the states are logged.
+
+The decisions are those of ``hardpass.HardPass``; what differs is that buffers stay where they are, so
+that a CUDA graph can hold the one-token step, and that a prompt runs once per request however many
+beams follow. The ledger still pays for a prompt as often as there are beams (E_max was made for that);
+the log counts what ran.
+
+Shape legend: Q requests, B beams, W rows (Q * B), N tokens of the prompts with padding, M real ones,
+T the ledger's grid, D hidden size, L layers, R directions, S = 3 states.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hestctl.generation.native.prompts import Prompts
+from hestctl.hardening.plan import Plan
+from hestctl.kernels.int8 import Int8Linear
+from hestctl.model.gates import FULL, INT8
+from hestctl.model.spectral import SpectralAdapters, normalise
+
+
+class Directions:
+    """The adapters' matrices in the backbone's type, their int8 codes made once.
+
+    Made anew when the adapters have changed.
+    """
+
+    def __init__(self, adapters: SpectralAdapters, dtype: torch.dtype) -> None:
+        self.gate, self.shape = adapters.gate, adapters.shape
+        self._down_LDR = adapters.down.detach().to(dtype).unbind(0)
+        self._up_LRD = adapters.up.detach().to(dtype).unbind(0)
+        self._scale_LR = adapters.scale.detach().to(dtype).unbind(0)
+        self._int8_L = [
+            (Int8Linear([down.T]), Int8Linear([up.T]))
+            for down, up in zip(self._down_LDR, self._up_LRD, strict=True)
+            if adapters.uses_int8
+        ]
+
+    def delta(self, x_ND: Tensor, layer: int, state_NR: Tensor) -> Tensor:
+        """What the layer's directions add under the given states, as ``SpectralAdapters.delta`` does."""
+        scale_R = self._scale_LR[layer]
+        out_ND = (x_ND @ self._down_LDR[layer] * scale_R * (state_NR == FULL)) @ self._up_LRD[layer]
+        if self._int8_L:
+            down, up = self._int8_L[layer]
+            out_ND = out_ND + up(down(x_ND) * scale_R * (state_NR == INT8))
+        return out_ND
+
+
+class Gates:
+    """The adapters of one batch shape: ``begin`` a batch, then ``prompt``, then ``token`` and ``tally``.
+
+    ``counts_QLS`` is the log of the states that ran.
+    """
+
+    def __init__(
+        self, directions: Directions, plan: Plan | None, requests: int, beams: int, device: torch.device
+    ) -> None:
+        layers, _, _ = directions.shape
+        self._directions, self._plan = directions, plan
+        self._beams, self._device = beams, device
+        self._states_S = torch.arange(3, device=device)
+        self._step_LWR: list[Tensor] = []
+        self._ledger = None if plan is None else plan.ledger(torch.ones(requests, device=device))
+        self.counts_QLS = torch.zeros(requests, layers, 3, dtype=torch.int64, device=device)
+
+    def begin(self, prompts: Prompts, new_tokens: int) -> None:
+        """A new batch of at most ``new_tokens`` each: empty log, fresh purses."""
+        self._prompts = prompts
+        self.counts_QLS.zero_()
+        if self._plan is not None and self._ledger is not None:
+            work_Q = (torch.tensor(prompts.lengths, device=self._device) + new_tokens) * self._beams
+            fresh = self._plan.ledger(work_Q)
+            assert fresh is not None
+            self._ledger.restart(fresh)
+            self._real_QT = torch.zeros(
+                len(prompts.lengths), prompts.longest, dtype=torch.bool, device=self._device
+            )
+            self._real_QT[prompts.row_R, prompts.column_R] = True
+
+    def prompt(self, layer: int, hidden_ND: Tensor) -> Tensor:
+        """A layer's output over all prompts, with its directions added to the real tokens."""
+        real_M = self._prompts.real_R
+        x_MD = normalise(hidden_ND if real_M is None else hidden_ND[real_M])
+        state_MR = self._directions.gate.decide(x_MD[None], layer)[0]
+        if self._ledger is not None:
+            state_MR = self._allowed(layer, state_MR)
+        used_MS = (state_MR[..., None] == self._states_S).sum(1)
+        self.counts_QLS[:, layer].index_add_(0, self._prompts.row_R, used_MS)
+        delta_MD = self._directions.delta(x_MD, layer, state_MR)
+        if real_M is None:
+            return hidden_ND + delta_MD
+        return hidden_ND.index_add(0, real_M, delta_MD)
+
+    def token(self, layer: int, hidden_WD: Tensor, alive: Tensor) -> Tensor:
+        """A layer's output for one token a row; once no row is ``alive`` nothing is open or paid for."""
+        x_WD = normalise(hidden_WD)
+        state_W1R = self._directions.gate.decide(x_WD[:, None], layer) * alive
+        if self._ledger is not None:
+            state_W1R = self._ledger.allow(layer, state_W1R, alive.expand(len(x_WD), 1))
+        state_WR = state_W1R[:, 0]
+        self._step_LWR.append(state_WR)
+        return hidden_WD + self._directions.delta(x_WD, layer, state_WR)
+
+    def tally(self, alive: Tensor) -> None:
+        """Log the states of the step that ends here."""
+        state_LWR = torch.stack(self._step_LWR)
+        self._step_LWR.clear()
+        used_LWRS = (state_LWR[..., None] == self._states_S) * alive
+        layers, requests = len(state_LWR), len(self.counts_QLS)
+        self.counts_QLS += used_LWRS.view(layers, requests, -1, 3).sum(2).transpose(0, 1)
+
+    def _allowed(self, layer: int, state_MR: Tensor) -> Tensor:
+        assert self._ledger is not None
+        row_M, column_M = self._prompts.row_R, self._prompts.column_R
+        asked_QTR = state_MR.new_zeros(*self._real_QT.shape, state_MR.shape[1])
+        asked_QTR[row_M, column_M] = state_MR
+        # Every beam has the prompt's bill; what the first of them may run is what all of them see.
+        asked_WTR, real_WT = (x.repeat_interleave(self._beams, 0) for x in (asked_QTR, self._real_QT))
+        allowed_WTR = self._ledger.allow(layer, asked_WTR, real_WT)
+        return allowed_WTR[:: self._beams][row_M, column_M]
