@@ -40,6 +40,8 @@ DEFAULT_PROFILE = "quickstart"
 _PREFIX = "HESTCTL_"
 
 MethodName = Literal["hest", "tabs", "bhsp", "lora", "base"]
+EngineName = Literal["auto", "hestctl", "transformers"]
+BackbonePrecision = Literal["full", "int8"]
 
 
 def _listed(value: object) -> object:
@@ -72,12 +74,16 @@ class _Section(BaseModel):
 
 
 class BackboneSettings(_Section):
-    """Which frozen causal LM, in which floating type, on which device."""
+    """Which frozen causal LM, in which floating type, on which device.
+
+    ``precision`` int8 generates with the decoder layers' MatMuls in int8; training is not touched.
+    """
 
     name: str = "smollm2-135m"
     weights: Literal["pretrained", "random"] = "pretrained"
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: BackbonePrecision = "full"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -164,6 +170,7 @@ class GenerationSettings(_Section):
     new_tokens: int = Field(default=128, ge=1, le=4096)
     num_beams: int = Field(default=1, ge=1, le=16)
     batch_size: int = Field(default=1, ge=1, le=256)
+    engine: EngineName = "auto"
 
 
 class EnergySettings(_Section):

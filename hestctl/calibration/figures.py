@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from hestctl.data.prompts import Encoded
 from hestctl.energy.model import GateKind, Phase
-from hestctl.generation.engine import Generator
-from hestctl.generation.hardpass import HardPass
-from hestctl.hardening.ledger import Ledger, Tariff, incomes
+from hestctl.generation.engines import MakeEngine
+from hestctl.hardening.plan import PLAN_VERSION, Plan
 from hestctl.kernels.int8 import Int8Linear
 from hestctl.model.backbone import Backbone
 from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import build_tuner
-from hestctl.settings import MethodName, MethodSettings
+from hestctl.model.spectral import SpectralAdapters
+from hestctl.settings import BackbonePrecision, MethodName, MethodSettings
 
 TOKENS = 256
 """Tokens in one pass of what is measured by the prompt token."""
@@ -36,6 +36,17 @@ Work = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
+class Target:
+    """What is calibrated: a backbone in one precision, on one engine, with the adapters of ``method``."""
+
+    backbone: Backbone
+    precision: BackbonePrecision
+    engine: str
+    make: MakeEngine
+    method: MethodSettings
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """One figure to be measured: ``make`` builds the work, which does ``units`` of it a call."""
 
@@ -44,8 +55,9 @@ class Figure:
     units: int
 
 
-def direction_figures(backbone: Backbone, method: MethodSettings) -> list[Figure]:
+def direction_figures(target: Target) -> list[Figure]:
     """One layer's adapter with all directions in one state, and the controller alone."""
+    backbone, method = target.backbone, target.method
     hidden, rank = backbone.hidden_size, method.rank
     generator = torch.Generator().manual_seed(0)
 
@@ -132,28 +144,40 @@ GATES: dict[GateKind, MethodName] = {"ordinal": "hest", "linear": "tabs", "stati
 """Whose adapters stand for each kind of gate."""
 
 
+def adapter_key(gate: GateKind, batch_size: int, num_beams: int, phase: Phase) -> str:
+    return f"adapters/{gate}/batch-{batch_size}/beams-{num_beams}/{phase}"
+
+
 def adapter_figures(
-    backbone: Backbone, method: MethodSettings, states: tuple[int, ...], rows: Sequence[int]
+    target: Target, states: tuple[int, ...], batch_sizes: Sequence[int], num_beams: int
 ) -> list[Figure]:
     """All layers' adapters of each kind of gate, ledger included, over a prompt and over one step."""
+    phases: tuple[tuple[Phase, int], ...] = (("prefill", TOKENS), ("decode", 1))
     figures = []
     for gate, name in GATES.items():
-        settings = method.model_copy(update={"name": name})
-        for count in rows:
-            for phase, tokens in (("prefill", TOKENS), ("decode", 1)):
+        method = target.method.model_copy(update={"name": name})
+        for batch in batch_sizes:
+            for phase, tokens in phases:
                 figures.append(
                     Figure(
-                        f"adapters/{gate}/rows-{count}/{phase}",
-                        partial(_adapters, backbone, settings, states, count, tokens),
-                        count * TOKENS if phase == "prefill" else 1,
+                        adapter_key(gate, batch, num_beams, phase),
+                        partial(_adapters, target, method, states, batch, num_beams, tokens),
+                        tokens,
                     )
                 )
     return figures
 
 
 def _adapters(
-    backbone: Backbone, method: MethodSettings, states: tuple[int, ...], rows: int, tokens: int
+    target: Target,
+    method: MethodSettings,
+    states: tuple[int, ...],
+    batch_size: int,
+    num_beams: int,
+    tokens: int,
 ) -> Work:
+    """The adapters as the target's engine runs them, on hidden states of ones."""
+    backbone = target.backbone
     tuner = build_tuner(
         method,
         backbone.model,
@@ -165,25 +189,34 @@ def _adapters(
     spectral = tuner.spectral
     assert spectral is not None
     spectral.to(backbone.device)
-    hidden_WTD = torch.ones(rows, tokens, backbone.hidden_size, device=backbone.device, dtype=backbone.dtype)
-    mask_WT = torch.ones(rows, tokens, dtype=torch.long, device=backbone.device)
+    plan = _open_plan(spectral) if isinstance(spectral.gate, OrdinalGate) else None
+    engine = target.make(backbone, spectral, plan)
+    return engine.adapter_work(batch_size, num_beams, tokens)
+
+
+def _open_plan(spectral: SpectralAdapters) -> Plan:
+    """A plan whose budget allows everything: what a ledger costs does not hang on what it allows."""
     layers, _, rank = spectral.shape
-    ledger = None
-    if isinstance(spectral.gate, OrdinalGate):
-        # An income for everything: what a ledger costs does not hang on what it allows.
-        tariff = Tariff(int8=1, full=1, unit_j=1.0)
-        pace_L = torch.ones(layers, device=backbone.device)
-        work_Q = torch.ones(rows, device=backbone.device)
-        income_LQ = incomes(float(layers * rank), 0.0, pace_L, work_Q, tariff)
-        order_LR = torch.arange(rank, device=backbone.device).repeat(layers, 1)
-        ledger = Ledger(income_LQ, order_LR, tariff, uses_int8=spectral.uses_int8)
-    hard_pass = HardPass(spectral, mask_WT, rows, ledger)
-
-    def run() -> None:
-        for layer in range(layers):
-            hard_pass(layer, hidden_WTD)
-
-    return run
+    return Plan(
+        version=PLAN_VERSION,
+        run_id="calibration",
+        method="hest",
+        scope="adapter",
+        backbone="",
+        fingerprint="",
+        device_name="",
+        calibration_id="",
+        energy_kind="none",
+        costs_j=(0.0, 0.5, 1.0),
+        uses_int8=spectral.uses_int8,
+        emax_j=1e9,
+        emax_origin=None,
+        margin=0.0,
+        pace=(1 / layers,) * layers,
+        order=(tuple(range(rank)),) * layers,
+        shift=0.0,
+        energies=None,
+    )
 
 
 def generation_key(batch_size: int, num_beams: int, prompt_tokens: int, new_tokens: int) -> str:
@@ -191,13 +224,13 @@ def generation_key(batch_size: int, num_beams: int, prompt_tokens: int, new_toke
 
 
 def generation_figures(
-    backbone: Backbone, batch_sizes: Sequence[int], num_beams: int, lengths: Sequence[int]
+    target: Target, batch_sizes: Sequence[int], num_beams: int, lengths: Sequence[int]
 ) -> list[Figure]:
     """Whole generations of the bare backbone, forced to their length; the longest come first."""
     return [
         Figure(
             generation_key(batch, num_beams, prompt, new),
-            partial(_generation, backbone, batch, num_beams, prompt, new),
+            partial(_generation, target, batch, num_beams, prompt, new),
             1,
         )
         for batch in batch_sizes
@@ -206,11 +239,10 @@ def generation_figures(
     ]
 
 
-def _generation(backbone: Backbone, batch: int, num_beams: int, prompt: int, new: int) -> Work:
+def _generation(target: Target, batch: int, num_beams: int, prompt: int, new: int) -> Work:
     """Prompts of random tokens: what they say is of no matter to the joules."""
-    ids = torch.randint(
-        10, backbone.model.config.vocab_size, (batch, prompt), generator=torch.Generator().manual_seed(prompt)
-    )
+    generator = torch.Generator().manual_seed(prompt)
+    ids = torch.randint(10, target.backbone.model.config.vocab_size, (batch, prompt), generator=generator)
     rows = [
         Encoded(
             sample_id=f"random-{i}",
@@ -222,5 +254,5 @@ def _generation(backbone: Backbone, batch: int, num_beams: int, prompt: int, new
         )
         for i, row in enumerate(ids.tolist())
     ]
-    generator = Generator(backbone, None, None)
-    return lambda: generator.generate(rows, new_tokens=new, num_beams=num_beams, forced_length=True)
+    engine = target.make(target.backbone, None, None)
+    return lambda: engine.generate(rows, new_tokens=new, num_beams=num_beams, forced_length=True)

@@ -17,8 +17,10 @@ from hestctl.calibration.figures import (
     NEW_TOKENS,
     TOKENS,
     Figure,
+    Target,
     Work,
     adapter_figures,
+    adapter_key,
     direction_figures,
     generation_figures,
     generation_key,
@@ -32,19 +34,18 @@ from hestctl.energy.model import AdapterPass, Cost, EnergyModel, GenerationPoint
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable, TableKey
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import ENGINE
-from hestctl.kernels.int8 import Int8Linear
-from hestctl.model.backbone import Backbone
+from hestctl.kernels.int8 import DEFAULT_KERNEL
 from hestctl.progress import Progress
-from hestctl.settings import EnergySettings, MethodSettings
+from hestctl.settings import EnergySettings
 
 _PARTS = 5
 _CALL_S = 0.005
 """Work shorter than this is repeated within a call, so that calling costs nothing beside it."""
 
 
-def table_key(backbone: Backbone, method: MethodSettings, meter: Meter) -> TableKey:
-    """What a table of this backbone, method and device is of, and what else its figures depend on."""
+def table_key(target: Target, meter: Meter) -> TableKey:
+    """What a table of this target on this device is of, and what else its figures depend on."""
+    backbone, method = target.backbone, target.method
     config = backbone.model.config
     return TableKey(
         subject={
@@ -52,14 +53,15 @@ def table_key(backbone: Backbone, method: MethodSettings, meter: Meter) -> Table
             "shape": f"{backbone.num_layers}x{backbone.hidden_size}x{config.intermediate_size}"
             f"/{config.num_attention_heads}:{config.num_key_value_heads}/{config.vocab_size}",
             "dtype": str(backbone.dtype).removeprefix("torch."),
+            "precision": target.precision,
+            "engine": target.engine,
             "rank": str(method.rank),
             "width": str(method.controller_width),
         },
         conditions={
             "meter": meter.counter_name,
             "driver": meter.driver,
-            "engine": ENGINE,
-            "kernels": Int8Linear.kernel,
+            "kernels": DEFAULT_KERNEL,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -74,8 +76,7 @@ class Calibration:
     each figure. ``check`` is polled and may raise Interrupted.
     """
 
-    backbone: Backbone
-    method: MethodSettings
+    target: Target
     energy: EnergySettings
     meter: Meter
     progress: Progress
@@ -88,7 +89,7 @@ class Calibration:
 
         Raises HestError (no device) when the meter gives no joules.
         """
-        self._measure(direction_figures(self.backbone, self.method))
+        self._measure(direction_figures(self.target))
         return self._table(None)
 
     def full(self, num_beams: int) -> EnergyTable:
@@ -100,10 +101,10 @@ class Calibration:
         """
         batches, lengths = self.energy.batch_sizes, self._lengths()
         rows = [batch * num_beams for batch in batches]
-        generations = generation_figures(self.backbone, batches, num_beams, lengths)
-        matmuls = matmul_figures(self.backbone, rows)
-        directions = direction_figures(self.backbone, self.method)
-        adapters = len(GATES) * len(rows) * 2
+        generations = generation_figures(self.target, batches, num_beams, lengths)
+        matmuls = matmul_figures(self.target.backbone, rows)
+        directions = direction_figures(self.target)
+        adapters = len(GATES) * len(batches) * 2
         total = len(directions) + len(generations) + len(matmuls) + adapters
         self.progress.note(
             f"calibrating: {total} figures, at least {total * _PARTS * self.energy.calibration_s:.0f} s"
@@ -112,15 +113,15 @@ class Calibration:
         states = self._table(None).states
         self._measure(generations, total)
         self._measure(matmuls, total)
-        self._measure(adapter_figures(self.backbone, self.method, states, rows), total)
+        self._measure(adapter_figures(self.target, states, batches, num_beams), total)
         return self._table(self._model(num_beams, lengths))
 
     def _lengths(self) -> list[int]:
-        context = self.backbone.model.config.max_position_embeddings
+        context = self.target.backbone.model.config.max_position_embeddings
         lengths = [length for length in self.energy.lengths if length + max(NEW_TOKENS) <= context]
         if not lengths:
             raise HestError(
-                f"no length of {self.energy.lengths} fits {self.backbone.name}'s context of {context} tokens",
+                f"no length of {self.energy.lengths} fits the context of {context} tokens",
                 "--set energy.lengths=16,32",
                 Exit.USAGE,
             )
@@ -169,7 +170,7 @@ class Calibration:
         found, batches = self.found, self.energy.batch_sizes
         rows = [batch * num_beams for batch in batches]
         return EnergyModel(
-            engine=ENGINE,
+            engine=self.target.engine,
             points=tuple(
                 GenerationPoint(b, num_beams, p, n, found[generation_key(b, num_beams, p, n)])
                 for b in batches
@@ -178,16 +179,20 @@ class Calibration:
             ),
             adapters=tuple(
                 AdapterPass(
-                    gate, w, *(found[f"adapters/{gate}/rows-{w}/{phase}"] for phase in ("prefill", "decode"))
+                    gate,
+                    b,
+                    num_beams,
+                    prefill=found[adapter_key(gate, b, num_beams, "prefill")],
+                    decode=found[adapter_key(gate, b, num_beams, "decode")],
                 )
                 for gate in GATES
-                for w in rows
+                for b in batches
             ),
             matmuls=tuple(
                 LayerMatmuls(
                     layers, phase, w, *(found[matmul_key(phase, w, group, s)] for s in ("full", "int8"))
                 )
-                for group, layers in enumerate(layer_groups(self.backbone))
+                for group, layers in enumerate(layer_groups(self.target.backbone))
                 for phase, w in passes(rows)
             ),
         )
@@ -196,15 +201,15 @@ class Calibration:
         now, meter = datetime.now(UTC), self.meter
         return EnergyTable(
             calibration_id=f"table-{now:%Y%m%d-%H%M%S-%f}",
-            key=table_key(self.backbone, self.method, meter).text,
+            key=table_key(self.target, meter).text,
             created_at=now.isoformat(),
             kind=meter.kind,
             meter=meter.counter_name,
             device_name=meter.device_name,
             device_uuid=meter.device_uuid,
-            dtype=str(self.backbone.dtype).removeprefix("torch."),
-            hidden=self.backbone.hidden_size,
-            rank=self.method.rank,
+            dtype=str(self.target.backbone.dtype).removeprefix("torch."),
+            hidden=self.target.backbone.hidden_size,
+            rank=self.target.method.rank,
             tokens=TOKENS,
             full=self.found["direction/full"],
             int8=self.found["direction/int8"],

@@ -34,6 +34,8 @@ def calibrate(
     weights: o.WeightsOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    backbone_precision: o.BackbonePrecisionOption = None,
+    engine: o.EngineOption = None,
     meter: o.MeterOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the latest calibration that was stopped.")
@@ -67,6 +69,8 @@ def calibrate(
         backbone__weights=weights,
         backbone__device=device,
         backbone__dtype=dtype,
+        backbone__precision=backbone_precision,
+        generation__engine=engine,
         energy__meter=meter,
     ).settings
     with out.reporting(quiet) as progress:
@@ -144,8 +148,9 @@ def _model_rows(done: Calibrated) -> Iterator[tuple[str, Cost, str]]:
     if model is None:
         return
     for adapters in model.adapters:
-        yield f"adapters, {adapters.gate} gate, prefill", adapters.prefill, "row and token"
-        yield f"adapters, {adapters.gate} gate, {adapters.rows} rows", adapters.decode, "decode step"
+        name = f"adapters, {adapters.gate} gate, {adapters.batch_size} x {adapters.num_beams}"
+        yield f"{name}, prefill", adapters.prefill, "prompt token"
+        yield f"{name}, decode", adapters.decode, "step"
     for matmuls in model.matmuls:
         where = "prefill" if matmuls.phase == "prefill" else f"decode, {matmuls.rows} rows"
         for name, cost in (("full", matmuls.full), ("int8", matmuls.int8)):

@@ -34,6 +34,13 @@ WeightsOption = Annotated[
     str | None, typer.Option("--weights", help="pretrained, or random for energy and latency alone.")
 ]
 DeviceOption = Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")]
+EngineOption = Annotated[
+    str | None, typer.Option("--engine", help=r"hestctl, transformers, or auto. \[default: auto]")
+]
+BackbonePrecisionOption = Annotated[
+    str | None,
+    typer.Option("--backbone-precision", help="full, or int8 for all layers' MatMuls in generation."),
+]
 DtypeOption = Annotated[str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 DataOption = Annotated[
     str | None,
@@ -70,6 +77,7 @@ _TYPED = {
     "method.name": "--method",
     "budget.emax_j": "--emax",
     "backbone.name": "--backbone",
+    "backbone.precision": "--backbone-precision",
     "data.source": "--data",
     "train.learning_rate": "--lr",
     "train.gate_learning_rate": "--gate-lr",

@@ -43,6 +43,8 @@ def profile(
     data: o.DataOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
+    backbone_precision: o.BackbonePrecisionOption = None,
+    engine: o.EngineOption = None,
     meter: o.MeterOption = None,
     set_: o.SetOption = None,
     quiet: o.QuietOption = False,
@@ -73,6 +75,8 @@ def profile(
         data__source=data,
         backbone__device=device,
         backbone__dtype=dtype,
+        backbone__precision=backbone_precision,
+        generation__engine=engine,
         energy__meter=meter,
     )
     store = Store(resolved.settings.db)

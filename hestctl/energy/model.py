@@ -43,13 +43,14 @@ class GenerationPoint:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPass:
-    """What one method's adapters add, gates and ledger included, for one batch's ``rows`` (batch x beams).
+    """What one kind of gate's adapters add for a whole batch, ledger included.
 
-    ``prefill`` in joules per row and prompt token, ``decode`` in joules per step of all rows.
+    ``prefill`` in joules per token position of the prompts, ``decode`` in joules per step.
     """
 
     gate: GateKind
-    rows: int
+    batch_size: int
+    num_beams: int
     prefill: Cost
     decode: Cost
 
@@ -185,10 +186,12 @@ class EnergyModel:
             return costs
         prefill_j, decode_j = costs.prefill_j(longest), costs.decode_j(longest, steps + 1)
         if gate is not None:
-            adapter = next((a for a in self.adapters if (a.gate, a.rows) == (gate, rows)), None)
-            if adapter is None:
-                return Unavailable(f"the {gate} gate was not calibrated with {rows} rows")
-            prefill_j += adapter.prefill.joules * rows * longest
+            wanted = (gate, batch_size, num_beams)
+            found = [a for a in self.adapters if (a.gate, a.batch_size, a.num_beams) == wanted]
+            if not found:
+                return Unavailable(f"the {gate} gate was not calibrated at batch {batch_size} x {num_beams}")
+            (adapter,) = found
+            prefill_j += adapter.prefill.joules * longest
             decode_j += adapter.decode.joules * steps
         if layer_states is not None:
             prefill_j -= self._saved_j("prefill", rows, layer_states) * rows * longest

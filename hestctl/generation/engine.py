@@ -5,7 +5,7 @@ Shape legend: Q requests, W rows (Q * beams), T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,6 @@ from hestctl.generation.hardpass import HardPass
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters, applied
-
-ENGINE = "transformers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,8 @@ class Generator:
     ``adapters`` is None for methods without directions (base, merged LoRA); ``plan`` binds the
     ledger where a budget holds.
     """
+
+    engine = "transformers"
 
     def __init__(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> None:
         self.backbone = backbone
@@ -106,6 +106,19 @@ class Generator:
         logits = self.backbone.model.lm_head(out.last_hidden_state[:, :-1][wanted])
         losses = F.cross_entropy(logits.float(), labels[wanted], reduction="none")
         return [float(part.sum()) for part in torch.split(losses, wanted.sum(1).tolist())]
+
+    def adapter_work(self, batch_size: int, num_beams: int, tokens: int) -> Callable[[], object]:
+        """All layers' adapters alone, over prompts of ``tokens`` or, where that is 1, over one step."""
+        rows, device = batch_size * num_beams, self.backbone.device
+        hidden_WTD = torch.ones(
+            rows, tokens, self.backbone.hidden_size, device=device, dtype=self.backbone.dtype
+        )
+        mask_WT = torch.ones(rows, tokens, dtype=torch.int64, device=device)
+        gates = self._gates(mask_WT, mask_WT.sum(1)[::num_beams], tokens, num_beams)
+
+        if gates is None:
+            return lambda: None
+        return lambda: [gates(layer, hidden_WTD) for layer in range(self.backbone.num_layers)]
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""

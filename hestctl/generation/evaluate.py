@@ -15,7 +15,8 @@ from hestctl.energy.meter import Meter
 from hestctl.energy.model import EnergyModel, PhaseJoules
 from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import Share, share_batch
-from hestctl.generation.engine import ENGINE, Generated, Generator
+from hestctl.generation.engine import Generated
+from hestctl.generation.engines import Engine
 from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.progress import Progress
@@ -34,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    generator: Generator,
+    generator: Engine,
     rows: Sequence[Encoded],
     settings: GenerationSettings,
     meter: Meter,
@@ -91,7 +92,7 @@ def evaluate(
 
 
 def _runner(
-    generator: Generator, settings: GenerationSettings, names: dict[int, str], forced_length: bool
+    generator: Engine, settings: GenerationSettings, names: dict[int, str], forced_length: bool
 ) -> Run:
     """Generates a batch, or classifies it by the logits of the labels' first tokens."""
 
@@ -114,7 +115,7 @@ def _runner(
 
 
 def _samples(
-    generator: Generator,
+    generator: Engine,
     batch: Batch,
     index: int,
     settings: GenerationSettings,
@@ -152,7 +153,7 @@ def _samples(
                 batch_index=index,
                 batch_size=len(batch.rows),
                 num_beams=settings.num_beams,
-                engine=ENGINE,
+                engine=generator.engine,
                 latency_s=batch.latency_s,
                 energy_kind=window.kind,
                 energy_method=window.method if len(batch.rows) == 1 else "apportioned",
@@ -181,7 +182,7 @@ def _samples(
 
 def _predicted(
     model: EnergyModel | None,
-    generator: Generator,
+    generator: Engine,
     prompt_tokens: Sequence[int],
     new_tokens: Sequence[int],
     num_beams: int,
@@ -195,7 +196,7 @@ def _predicted(
 
 
 def _with_likelihood(
-    generator: Generator,
+    generator: Engine,
     rows: Sequence[Encoded],
     samples: list[Sample],
     size: int,

@@ -16,6 +16,9 @@ from torch import Tensor
 from hestctl.kernels.products import Int8Weight, Phase, phase_of, product, why_not
 from hestctl.kernels.reference import quantise_rows
 
+DEFAULT_KERNEL = "torch._int_mm"
+"""What runs everywhere, until ``kernels.choose`` has found something more frugal."""
+
 
 class Int8Linear:
     """``x @ cat(weights).T + cat(biases)`` in int8: weights per output channel, activations per token.
@@ -31,7 +34,7 @@ class Int8Linear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None] | None = None,
         *,
-        kernel: str | Mapping[Phase, str] = "torch._int_mm",
+        kernel: str | Mapping[Phase, str] = DEFAULT_KERNEL,
     ) -> None:
         q_MK, scale_M1 = quantise_rows(torch.cat([weight.detach() for weight in weights]))
         self.weight = Int8Weight(q_MK, scale_M1[:, 0].contiguous(), _cat_biases(weights, biases))

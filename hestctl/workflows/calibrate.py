@@ -29,8 +29,8 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import write_whole
 from hestctl.store.store import Store
-from hestctl.workflows.metering import find_counter, open_meter, record_table
-from hestctl.workflows.setup import describe
+from hestctl.workflows.metering import find_counter, open_meter, record_table, target_of
+from hestctl.workflows.setup import chosen_engine, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,9 @@ def calibrate(
     try:
         with session as recorder:
             progress.note(f"run {recorder.run.run_id}")
-            key = table_key(backbone, settings.method, unopened)
+            chosen_engine(settings, backbone, progress)
+            target = target_of(settings, backbone)
+            key = table_key(target, unopened)
             kept = _Kept.read(recorder.folder.path, key.text)
             # Before the meter opens: its own polling would spoil the check of what polling does.
             certificate, check = _meter_itself(
@@ -124,8 +126,7 @@ def calibrate(
             idle_w = certificate["idle_w"]
             with open_meter(settings.energy, backbone.device, store, progress, idle_w=idle_w) as meter:
                 table = Calibration(
-                    backbone,
-                    settings.method,
+                    target,
                     settings.energy,
                     meter,
                     progress,

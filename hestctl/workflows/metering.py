@@ -7,12 +7,14 @@ from contextlib import contextmanager
 
 import torch
 
+from hestctl.calibration.figures import Target
 from hestctl.calibration.measure import Calibration, table_key
 from hestctl.energy.counter import open_counter
 from hestctl.energy.meter import Meter
 from hestctl.energy.protocol import Counter, Unavailable
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
+from hestctl.generation.engines import engine_for
 from hestctl.model.backbone import Backbone
 from hestctl.progress import Progress
 from hestctl.records import Run
@@ -87,12 +89,18 @@ def energy_table(
     own = None if resumed is None else resumed.calibration_id
     table = stored_table(settings, backbone, meter, store, progress, own=own)
     if table is None:
-        table = Calibration(
-            backbone, settings.method, settings.energy, meter, progress, recorder.check
-        ).directions()
+        target = target_of(settings, backbone)
+        table = Calibration(target, settings.energy, meter, progress, recorder.check).directions()
         record_table(table, recorder, progress)
     recorder.run.calibration_id = table.calibration_id
     return table
+
+
+def target_of(settings: Settings, backbone: Backbone) -> Target:
+    """What these settings calibrate and run. Raises HestError (usage) for an engine that cannot run it."""
+    precision = settings.backbone.precision
+    make, engine, _ = engine_for(backbone, settings.generation.engine, precision)
+    return Target(backbone, precision, engine, make, settings.method)
 
 
 def stored_table(
@@ -109,7 +117,7 @@ def stored_table(
     None where this device never saw this backbone. Raises HestError (usage), with the command that renews
     it, where a table is there but was measured under other conditions.
     """
-    key = table_key(backbone, settings.method, meter)
+    key = table_key(target_of(settings, backbone), meter)
     found = queries.latest_calibration(store, key.text)
     if own is not None:
         mine = queries.calibration(store, own)
@@ -153,6 +161,8 @@ def calibrate_command(settings: Settings) -> str:
         ("--backbone", settings.backbone.name, default.backbone.name),
         ("--weights", settings.backbone.weights, default.backbone.weights),
         ("--dtype", settings.backbone.dtype, None),
+        ("--backbone-precision", settings.backbone.precision, default.backbone.precision),
+        ("--engine", settings.generation.engine, default.generation.engine),
         ("--device", settings.backbone.device, default.backbone.device),
         ("--meter", settings.energy.meter, default.energy.meter),
         ("--set method.rank", settings.method.rank, default.method.rank),

@@ -10,7 +10,6 @@ from hestctl.energy.model import EnergyModel
 from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import split_phases
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generator
 from hestctl.generation.evaluate import evaluate
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.progress import Progress
@@ -20,7 +19,7 @@ from hestctl.settings import GenerationSettings, Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
 from hestctl.workflows.metering import calibrate_command, open_meter, stored_table
-from hestctl.workflows.setup import describe, load_data, load_hardened, read_inputs
+from hestctl.workflows.setup import chosen_engine, describe, load_data, load_hardened, read_inputs
 from hestctl.workflows.summary import summarise
 
 
@@ -85,10 +84,11 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     backbone = load_backbone(settings.backbone, progress=progress.note)
     _fits(backbone, p.seq_len + p.new_tokens)
     data = load_data(settings, splits, backbone, progress, needed=("test",))
+    make_engine = chosen_engine(settings, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
-        generator = Generator(backbone, None, None)
+        generator = make_engine(backbone, None, None)
         if hardened is not None:
-            generator = load_hardened(store, hardened, backbone, meter.device_name)
+            generator = load_hardened(store, hardened, backbone, meter.device_name, make_engine)
         row = replace(
             describe(settings, backbone, meter, data),
             run_id=new_run_id("profile", hardened.method if hardened else "base"),

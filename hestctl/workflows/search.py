@@ -22,7 +22,14 @@ from hestctl.settings import Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
 from hestctl.workflows.metering import open_meter
-from hestctl.workflows.setup import describe, find_reference, load_data, load_hardened, read_inputs
+from hestctl.workflows.setup import (
+    chosen_engine,
+    describe,
+    find_reference,
+    load_data,
+    load_hardened,
+    read_inputs,
+)
 from hestctl.workflows.summary import summarise
 from hestctl.workflows.train import train
 
@@ -156,7 +163,8 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
                 Exit.USAGE,
             )
         run = queries.get_run(store, reference.run_id)
-        generator = load_hardened(store, run, backbone, meter.device_name)
+        make_engine = chosen_engine(s, backbone, progress)
+        generator = load_hardened(store, run, backbone, meter.device_name, make_engine)
         result = evaluate(
             generator,
             data.validation,

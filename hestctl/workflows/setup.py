@@ -11,7 +11,7 @@ from hestctl.data.prompts import Encoded, encode
 from hestctl.energy.meter import Meter
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import ENGINE, Generator
+from hestctl.generation.engines import Engine, MakeEngine, engine_for
 from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan, read_plan
 from hestctl.model.backbone import Backbone, resolve_device
@@ -104,10 +104,14 @@ def load_data(
 
 
 def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | None) -> Run:
-    """The row of a new run, filled with all that is known before the work starts."""
+    """The row of a new run, filled with all that is known before the work starts.
+
+    Raises HestError (usage) where the engine asked for cannot run this backbone.
+    """
     method = settings.method
     spec = METHODS[method.name]
     ordinal = spec.gate == "ordinal"
+    _, engine, _ = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
     return Run(
         run_id=new_run_id("train", method.name),
         command="train",
@@ -123,7 +127,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
         dataset=None if data is None else data.splits.name,
         data_hash=None if data is None else data.identity,
         dtype=str(backbone.dtype).removeprefix("torch."),
-        engine=ENGINE,
+        engine=engine,
         num_beams=settings.generation.num_beams,
         batch_size=settings.generation.batch_size,
         max_new_tokens=settings.generation.new_tokens,
@@ -307,8 +311,16 @@ def harden_into(
     return plan
 
 
-def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str) -> Generator:
-    """The generator of a finished run, exactly as it was hardened.
+def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> MakeEngine:
+    """How this run's engines are made; told where it is not hestctl's own. Raises HestError (usage)."""
+    make, name, reason = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    told = "" if settings.backbone.precision == "full" else ", the backbone's MatMuls in int8"
+    progress.note(f"engine: {name}{told}" + (f" ({reason})" if reason else ""))
+    return make
+
+
+def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str, make: MakeEngine) -> Engine:
+    """The engine of a finished run, its adapters exactly as they were hardened.
 
     Raises HestError when the files are missing or damaged, or were made for another backbone.
     """
@@ -328,4 +340,4 @@ def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str) 
     if METHODS[settings.name].trained:
         tuner.load(load_tensors(folder / HARDENED_FILE))
     tuner.finish()
-    return Generator(backbone, tuner.spectral, plan)
+    return make(backbone, tuner.spectral, plan)

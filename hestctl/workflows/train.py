@@ -14,6 +14,7 @@ from hestctl.energy.model import EnergyModel
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError, Interrupted
 from hestctl.generation.engine import Generator
+from hestctl.generation.engines import Engine, MakeEngine
 from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
 from hestctl.model.backbone import Backbone, load_backbone
@@ -40,6 +41,7 @@ from hestctl.workflows.setup import (
     Data,
     budget_of,
     check_reference,
+    chosen_engine,
     describe,
     harden_into,
     load_data,
@@ -77,6 +79,7 @@ def train(
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
     data = load_data(settings, splits, backbone, progress)
+    make_engine = chosen_engine(settings, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
         changed = _changes(old, settings, data, force=resuming.force)
@@ -103,7 +106,9 @@ def train(
             with session as recorder:
                 progress.note(f"run {run.run_id}")
                 resumed = None if changed else old
-                _Work(settings, store, backbone, data, meter, recorder, progress, resumed).run_all()
+                _Work(
+                    settings, store, backbone, data, meter, recorder, progress, make_engine, resumed
+                ).run_all()
         except Interrupted as error:
             if trial_of is None:
                 error.hint = f"{error.hint}; the same command with --resume goes on"
@@ -122,6 +127,7 @@ class _Work:
     meter: Meter
     recorder: Recorder
     progress: Progress
+    make_engine: MakeEngine
     resumed: Run | None
     """The run as it was interrupted, where this one goes on with its very settings."""
     saved: tuple[int, int] | None = None
@@ -147,7 +153,7 @@ class _Work:
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
-        self._evaluate(Generator(self.backbone, tuner.spectral, plan), table.model)
+        self._evaluate(self.make_engine(self.backbone, tuner.spectral, plan), table.model)
 
     def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
         s, run = self.settings, self.recorder.run
@@ -315,7 +321,7 @@ class _Work:
             },
         )
 
-    def _evaluate(self, generator: Generator, model: EnergyModel | None) -> None:
+    def _evaluate(self, generator: Engine, model: EnergyModel | None) -> None:
         split = "test" if self.recorder.run.command == "train" else "validation"
         result = evaluate(
             generator,

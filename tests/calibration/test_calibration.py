@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hestctl.calibration import measure
-from hestctl.calibration.figures import Figure, Work
+from hestctl.calibration.figures import Figure, Target, Work
 from hestctl.calibration.measure import Calibration, table_key
 from hestctl.energy.conditions import Conditions
 from hestctl.energy.fake import FakeClock
@@ -19,7 +19,8 @@ from hestctl.energy.model import PhaseJoules
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.model.backbone import tiny_backbone
+from hestctl.generation.engine import Generator
+from hestctl.model.backbone import Backbone, tiny_backbone
 from hestctl.records import EnergyKind
 from hestctl.settings import EnergySettings, MethodSettings
 
@@ -105,7 +106,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
     def drawing(joules: float) -> Callable[[], Work]:
         return lambda: lambda: board.work((joules, DECODE_W))
 
-    def generations(_backbone: object, batches: object, beams: int, lengths: list[int]) -> list[Figure]:
+    def generations(_target: object, batches: object, beams: int, lengths: list[int]) -> list[Figure]:
         return [
             Figure(measure.generation_key(1, beams, p, n), lambda p=p, n=n: generation(board, p, n), 1)
             for p in lengths
@@ -130,11 +131,14 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
     return board
 
 
+def target(backbone: Backbone, **method: object) -> Target:
+    return Target(backbone, "full", "transformers", Generator, MethodSettings(**method))
+
+
 def calibrated(board: Board, meter: Meter, found: dict[str, measure.Cost] | None = None) -> EnergyTable:
     settings = EnergySettings(lengths=LENGTHS)
     calibration = Calibration(
-        tiny_backbone(),
-        MethodSettings(),
+        target(tiny_backbone(max_position_embeddings=8192)),
         settings,
         meter,
         Quiet(),
@@ -201,8 +205,8 @@ def test_a_counter_that_is_lost_ends_it_with_the_way_to_go_on(board: Board) -> N
 def test_the_key_tells_shapes_and_versions() -> None:
     backbone = tiny_backbone()
     meter = Meter(Board())
-    key = table_key(backbone, MethodSettings(), meter)
+    key = table_key(target(backbone), meter)
     assert key.subject["device"] == "GPU-board"
-    assert set(key.conditions) == {"meter", "driver", "engine", "kernels", "torch", "transformers"}
-    other = table_key(backbone, MethodSettings(rank=8), meter)
+    assert set(key.conditions) == {"meter", "driver", "kernels", "torch", "transformers"}
+    other = table_key(target(backbone, rank=8), meter)
     assert other.subject_text != key.subject_text

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from cli_tools import TINY, TRIAL, Study, lines_of, run_child, run_cli
 
+from hestctl.calibration import measure
 from hestctl.errors import Exit
-from hestctl.kernels.int8 import Int8Linear
 
 CALIBRATE = ("calibrate", *TINY, "--lengths", "16,48", "-q", "--json")
 PROFILE = ("profile", "--seq-len", "64", "--new-tokens", "3", "--repeats", "2", "-q", "--json")
@@ -115,7 +115,7 @@ def test_without_a_calibration_profile_says_what_to_type(copied: Study) -> None:
 def test_a_stale_table_is_refused_until_it_is_renewed(
     calibrated: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Int8Linear, "kernel", "another kernel")
+    monkeypatch.setattr(measure, "DEFAULT_KERNEL", "another kernel")
     for command in (PROFILE, ("train", "--method", "tabs", *TRIAL, "-q"), ("harden", "-q")):
         outcome = run_cli(calibrated.folder, *command)
         assert outcome.code == Exit.USAGE, outcome.err

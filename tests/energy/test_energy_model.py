@@ -48,7 +48,7 @@ def model(noise: float = 0.0, lengths: tuple[int, ...] = (128, 512, 1024)) -> En
     return EnergyModel(
         engine="e",
         points=points,
-        adapters=(AdapterPass("ordinal", 1, cost(0.001), cost(0.1)),),
+        adapters=(AdapterPass("ordinal", 1, 1, cost(0.001), cost(0.1)),),
         matmuls=(
             LayerMatmuls(layers, "prefill", 256, cost(0.004), cost(0.002)),
             LayerMatmuls(layers, "decode", 1, cost(0.12), cost(0.06)),

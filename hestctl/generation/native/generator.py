@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
@@ -140,6 +140,27 @@ class NativeGenerator:
         losses = F.cross_entropy(logits, wanted, reduction="none").cpu()
         ends = accumulate(lengths, initial=0)
         return [float(losses[start:end].sum()) for start, end in pairwise(ends)]
+
+    def adapter_work(self, batch_size: int, num_beams: int, tokens: int) -> Callable[[], object]:
+        """All layers' adapters alone, over prompts of ``tokens`` or, where that is 1, over one step."""
+        device, layers = self.backbone.device, self.backbone.num_layers
+        gates = self._gates(batch_size, num_beams)
+        if gates is None:
+            return lambda: None
+        prompts = lay_out([[0] * tokens] * batch_size, device, width=None, grid="left")
+        gates.begin(prompts, tokens)
+        rows = batch_size * (tokens if tokens > 1 else num_beams)
+        hidden_ND = torch.ones(rows, self.backbone.hidden_size, device=device, dtype=self.backbone.dtype)
+        if tokens > 1:
+            return lambda: [gates.prompt(layer, hidden_ND) for layer in range(layers)]
+        alive = torch.ones((), dtype=torch.bool, device=device)
+
+        def step() -> None:
+            for layer in range(layers):
+                gates.token(layer, hidden_ND, alive)
+            gates.tally(alive)
+
+        return step
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""
