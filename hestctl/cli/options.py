@@ -73,6 +73,19 @@ def resolve(profile: str, sets: list[str] | None, **flags: Any) -> Resolved:
     return load(profile, values | assigned, names | dict.fromkeys(assigned, "--set"))
 
 
+def counts(flag: str, text: str | None) -> tuple[int, ...]:
+    """``1,4`` as numbers; empty where the flag was not given. Raises HestError (usage)."""
+    if text is None:
+        return ()
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 1:
+        raise HestError(f"{flag} takes whole numbers of at least 1, not {text!r}", f"{flag} 1,4", Exit.USAGE)
+    return found
+
+
 _TYPED = {
     "method.name": "--method",
     "budget.emax_j": "--emax",

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hestctl.cli import options as o
+from hestctl.errors import Exit, HestError
 
 if TYPE_CHECKING:
+    from hestctl.settings import Settings
+    from hestctl.store.store import Store
+    from hestctl.workflows.benchmark import Benchmarked
     from hestctl.workflows.profile import Profiled
 
 
@@ -25,7 +29,16 @@ def profile(
     new_tokens: Annotated[
         int | None, typer.Option(help="Tokens generated from each prompt, exactly.")
     ] = None,
-    num_beams: Annotated[int | None, typer.Option(help="Beams; 1 is greedy.")] = None,
+    num_beams: Annotated[
+        str | None, typer.Option(help="Beams, such as 1 or, with --method, 1,4; 1 is greedy.")
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            help="Benchmark these side by side, such as base,tabs,hest+int8,base+transformers.",
+        ),
+    ] = None,
     repeats: Annotated[int | None, typer.Option(help="Samples a length, each from another article.")] = None,
     precision: Annotated[
         float | None,
@@ -52,7 +65,8 @@ def profile(
 ) -> None:
     """Joules and latency over prompt lengths, of the latest hardened run or the one that --run names.
 
-    Where the store has no hardened run, the bare backbone is profiled, and that is said.
+    Where the store has no hardened run, the bare backbone is profiled, and that is said. With --method,
+    methods are measured side by side in turns, trained or not: --weights random needs no download.
     """
     from hestctl.cli import out
     from hestctl.settings import of_run
@@ -60,13 +74,18 @@ def profile(
     from hestctl.workflows.profile import profile as work
     from hestctl.workflows.profile import profiled_run
 
+    beams = o.counts("--num-beams", num_beams)
+    if len(beams) > 1 and method is None:
+        raise HestError(
+            "--num-beams takes one number without --method", "add --method base,tabs,hest", Exit.USAGE
+        )
     resolved = o.resolve(
         profile,
         set_,
         profile__seq_len=seq_len,
         profile__batch_sizes=batch_size,
         profile__new_tokens=new_tokens,
-        generation__num_beams=num_beams,
+        generation__num_beams=beams[0] if beams else None,
         profile__repeats=repeats,
         profile__precision=precision,
         db=db,
@@ -80,6 +99,11 @@ def profile(
         energy__meter=meter,
     )
     store = Store(resolved.settings.db)
+    if method is not None:
+        if run is not None:
+            raise HestError("--run and --method exclude each other", "leave one out", Exit.USAGE)
+        _benchmark(resolved.settings, store, method, beams, quiet=quiet, json=json)
+        return
     hardened = profiled_run(store, run)
     settings = resolved.settings if hardened is None else of_run(resolved, hardened.settings)
     with out.reporting(quiet) as progress:
@@ -92,6 +116,74 @@ def profile(
         out.document(_as_json(done))
     else:
         _show(done)
+
+
+def _benchmark(
+    settings: Settings, store: Store, method: str, beams: tuple[int, ...], *, quiet: bool, json: bool
+) -> None:
+    from hestctl.cli import out
+    from hestctl.workflows.benchmark import benchmark, variants_of
+
+    variants = variants_of(settings, method.split(","))
+    with out.reporting(quiet) as progress:
+        done = benchmark(settings, store, progress, variants, beams or (settings.generation.num_beams,))
+    if json:
+        out.document(_benchmark_json(done))
+    else:
+        _show_benchmark(done)
+
+
+def _benchmark_json(done: Benchmarked) -> dict[str, object]:
+    from dataclasses import asdict
+
+    from hestctl.workflows.benchmark import ratio_to_first
+
+    rows = []
+    for row in done.rows:
+        joules, seconds = ratio_to_first(done.rows, row)
+        rows.append({**asdict(row), "energy_ratio_to_first": joules, "time_ratio_to_first": seconds})
+    return {
+        "run_ids": [run.run_id for run in done.runs],
+        "device": done.runs[0].device_name,
+        "energy_kind": done.runs[0].energy_kind,
+        "new_tokens_per_sample": done.runs[0].max_new_tokens,
+        "notes": done.notes,
+        "rows": rows,
+    }
+
+
+def _show_benchmark(done: Benchmarked) -> None:
+    from hestctl.cli import out
+    from hestctl.workflows.benchmark import ratio_to_first
+
+    kind, rows = done.runs[0].energy_kind, done.rows
+    ratios = [ratio_to_first(rows, row) for row in rows]
+    columns = [
+        ("variant", [row.variant for row in rows]),
+        ("prompt", [f"{row.prompt_tokens:,}" for row in rows]),
+        ("batch x beams", [f"{row.batch_size} x {row.num_beams}" for row in rows]),
+        ("ms", [f"{1e3 * row.latency_s:,.1f}" for row in rows]),
+        ("prefill ms", [f"{1e3 * row.prefill_s:,.1f}" for row in rows]),
+        ("decode tokens/s", [_told(row.decode_tokens_per_s) for row in rows]),
+        (f"J a sample ({kind})", [_joules(row.energy_j, row.error_j) for row in rows]),
+        (f"prefill + decode J ({kind})", [_told(row.prefill_j, row.decode_j) for row in rows]),
+        (f"x J ({kind})", ["-" if joules is None else f"{joules:.3f}" for joules, _ in ratios]),
+        ("x time", [f"{seconds:.3f}" for _, seconds in ratios]),
+        ("of memory floor", [_percent(row.memory_share) for row in rows]),
+        ("of compute floor", [_percent(row.compute_share) for row in rows]),
+    ]
+    columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
+    out.table(
+        f"{done.runs[0].max_new_tokens} new tokens, {done.runs[0].backbone}, {done.runs[0].device_name}; "
+        f"x is against {rows[0].variant}",
+        [title for title, _ in columns],
+        list(zip(*(cells for _, cells in columns), strict=True)),
+        caption="\n".join((*done.notes, "runs: " + ", ".join(run.run_id for run in done.runs))),
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _as_json(done: Profiled) -> dict[str, object]:

@@ -82,7 +82,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     p = settings.profile
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
-    _fits(backbone, p.seq_len + p.new_tokens)
+    fits(backbone, p.seq_len + p.new_tokens)
     data = load_data(settings, splits, backbone, progress, needed=("test",))
     make_engine = chosen_engine(settings, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
@@ -110,8 +110,8 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
         with recording(store, row) as recorder:
             samples: list[Sample] = []
             warm = True
-            for batch_size, length in _grid(settings):
-                rows = _prompts(data.test, length, batch_size * p.repeats)
+            for batch_size, length in grid(settings):
+                rows = prompts_of(data.test, length, batch_size * p.repeats)
                 asked = GenerationSettings(
                     new_tokens=p.new_tokens,
                     num_beams=settings.generation.num_beams,
@@ -148,7 +148,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     return Profiled(recorder.run, _points(samples), phases, prediction, _left_out(samples))
 
 
-def _grid(settings: Settings) -> Iterator[tuple[int, int]]:
+def grid(settings: Settings) -> Iterator[tuple[int, int]]:
     longest = settings.profile.seq_len
     lengths = sorted({max(16, longest // part) for part in (8, 4, 2, 1)})
     for batch_size in settings.profile.batch_sizes:
@@ -156,7 +156,7 @@ def _grid(settings: Settings) -> Iterator[tuple[int, int]]:
             yield batch_size, length
 
 
-def _fits(backbone: Backbone, tokens: int) -> None:
+def fits(backbone: Backbone, tokens: int) -> None:
     context = backbone.model.config.max_position_embeddings
     if tokens > context:
         raise HestError(
@@ -166,7 +166,7 @@ def _fits(backbone: Backbone, tokens: int) -> None:
         )
 
 
-def _prompts(rows: list[Encoded], length: int, count: int) -> list[Encoded]:
+def prompts_of(rows: list[Encoded], length: int, count: int) -> list[Encoded]:
     """``count`` prompts of exactly ``length`` tokens, each from another article, repeated as needed."""
     out = []
     for index in range(count):

@@ -1,0 +1,351 @@
+"""``profile --method``: methods side by side in one run, in ABBA order, with phases apart and floors beside.
+
+Methods need no training here: adapters are as initialised, or those of the latest hardened run; what they
+generate is of no matter. Joules and times are those of the engine, the precision and the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+from hestctl.budget import predicted_tabs_j, resolve_budget
+from hestctl.data.prompts import Encoded
+from hestctl.energy.meter import Meter
+from hestctl.energy.table import EnergyTable
+from hestctl.errors import Exit, HestError
+from hestctl.generation.engines import Engine, engine_for
+from hestctl.generation.evaluate import Evaluation, evaluate
+from hestctl.hardening.harden import harden
+from hestctl.kernels.floors import DecoderShape, decode_floor_s, device_peak, prefill_floor_s
+from hestctl.model.backbone import Backbone, load_backbone
+from hestctl.model.methods import METHODS
+from hestctl.progress import Progress
+from hestctl.records import Run, Sample
+from hestctl.runs import Recorder, new_run_id, recording
+from hestctl.settings import GenerationSettings, Settings, with_values
+from hestctl.store import queries
+from hestctl.store.store import Store
+from hestctl.workflows.metering import energy_table, open_meter
+from hestctl.workflows.profile import fits, grid, prompts_of
+from hestctl.workflows.setup import describe, load_data, load_hardened, new_tuner, read_inputs
+from hestctl.workflows.summary import summarise
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A method with the precision of its backbone and its engine, such as ``hest+int8``."""
+
+    text: str
+    method: str
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One variant at one point of the sweep: medians of its samples, and their joules (J, s).
+
+    ``prefill_s``, ``prefill_j`` come from generations of one token, ``decode_j`` is the rest of the whole.
+    ``memory_share`` and ``compute_share`` are the datasheet's floor over the time taken, for a decode step
+    and for the prefill; None where the device is in no datasheet here.
+    """
+
+    variant: str
+    prompt_tokens: int
+    batch_size: int
+    num_beams: int
+    samples: int
+    latency_s: float
+    prefill_s: float
+    energy_j: float | None
+    error_j: float | None
+    prefill_j: float | None
+    decode_j: float | None
+    decode_tokens_per_s: float | None
+    memory_share: float | None
+    compute_share: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmarked:
+    """The runs, one a variant, and their rows point by point."""
+
+    runs: list[Run]
+    rows: list[Row]
+    notes: list[str]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What one variant showed at one point."""
+
+    samples: list[Sample] = field(default_factory=list)
+    prefill: list[Sample] = field(default_factory=list)
+
+
+def variants_of(settings: Settings, texts: Sequence[str]) -> list[Variant]:
+    """``METHOD[+int8][+transformers|+hestctl]`` texts as variants. Raises HestError (usage)."""
+    found = []
+    for text in texts:
+        method, *parts = text.strip().split("+")
+        values = {"method.name": method}
+        for part in parts:
+            key = {"int8": "backbone.precision", "full": "backbone.precision"}.get(part, "generation.engine")
+            values[key] = part
+        if METHODS.get(method) is None or METHODS[method].lora:
+            why = (
+                "its matrices are merged: it costs what base costs" if method == "lora" else "no such method"
+            )
+            raise HestError(
+                f"--method {text!r}: {why}",
+                "base, tabs, bhsp or hest, with +int8 and +transformers",
+                Exit.USAGE,
+            )
+        found.append(Variant(text.strip(), method, with_values(settings, values)))
+    if len({variant.text for variant in found}) < len(found):
+        raise HestError(f"--method names a variant twice: {', '.join(texts)}", "name each once", Exit.USAGE)
+    return found
+
+
+def benchmark(
+    settings: Settings, store: Store, progress: Progress, variants: Sequence[Variant], beams: Sequence[int]
+) -> Benchmarked:
+    """Generate ``profile.new_tokens`` tokens with every variant at every point, forwards and backwards.
+
+    A point is warmed up first, then every repetition visits the variants in the opposite order, so that a
+    drift of the device falls on all alike. Raises HestError (usage) beyond the backbone's context.
+    """
+    splits = read_inputs(settings, store)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
+    fits(backbone, settings.profile.seq_len + settings.profile.new_tokens)
+    data = load_data(settings, splits, backbone, progress, needed=("test",))
+    with (
+        open_meter(settings.energy, backbone.device, store, progress) as meter,
+        ExitStack() as stack,
+    ):
+        recorders: dict[str, Recorder] = {}
+        for variant in variants:
+            row = replace(
+                describe(variant.settings, backbone, meter, data),
+                run_id=new_run_id("profile", variant.text),
+                command="profile",
+                max_new_tokens=settings.profile.new_tokens,
+            )
+            recorders[variant.text] = stack.enter_context(recording(store, row))
+        bench = _Bench(settings, store, progress, backbone, meter, recorders)
+        rows: list[Row] = []
+        for batch_size, length in grid(settings):
+            for num_beams in beams:
+                prompts = prompts_of(data.test, length, batch_size * settings.profile.repeats)
+                rows += bench.point(variants, prompts, batch_size, num_beams)
+        for recorder in recorders.values():
+            recorder.run.summary = {
+                **recorder.run.summary,
+                **summarise(bench.samples[recorder.run.run_id]),
+                "variants": [variant.text for variant in variants],
+            }
+    return Benchmarked([recorder.run for recorder in recorders.values()], rows, bench.notes)
+
+
+@dataclass(slots=True)
+class _Bench:
+    settings: Settings
+    store: Store
+    progress: Progress
+    backbone: Backbone
+    meter: Meter
+    recorders: dict[str, Recorder]
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def point(
+        self, variants: Sequence[Variant], prompts: list[Encoded], batch_size: int, num_beams: int
+    ) -> list[Row]:
+        """All variants on these prompts, repetition by repetition."""
+        engines = {v.text: self._engine(v, prompts, num_beams) for v in variants}
+        seen = {v.text: _Seen() for v in variants}
+        for variant in variants:
+            for new_tokens in (1, self.settings.profile.new_tokens):
+                self._generate(engines[variant.text], prompts[:batch_size], batch_size, num_beams, new_tokens)
+        for repeat in range(self.settings.profile.repeats):
+            rows = prompts[repeat * batch_size : (repeat + 1) * batch_size]
+            for variant in variants if repeat % 2 == 0 else reversed(variants):
+                self._visit(variant, engines[variant.text], rows, batch_size, num_beams, seen[variant.text])
+        return [self._row(variant, seen[variant.text]) for variant in variants]
+
+    def _visit(
+        self,
+        variant: Variant,
+        engine: Engine,
+        rows: list[Encoded],
+        batch_size: int,
+        num_beams: int,
+        seen: _Seen,
+    ) -> None:
+        recorder = self.recorders[variant.text]
+        recorder.check()
+        prefill = self._generate(engine, rows, batch_size, num_beams, 1, metered=True)
+        whole = self._generate(
+            engine, rows, batch_size, num_beams, self.settings.profile.new_tokens, metered=True
+        )
+        seen.prefill += prefill.samples
+        for sample, first in zip(whole.samples, prefill.samples, strict=True):
+            sample = _with_phases(sample, first)
+            seen.samples.append(sample)
+            recorder.sample(sample)
+            self.samples.setdefault(recorder.run.run_id, []).append(sample)
+        for window in (*(replace(w, phase="prefill") for w in prefill.windows), *whole.windows):
+            recorder.window(window)
+        recorder.commit()
+
+    def _generate(
+        self,
+        engine: Engine,
+        rows: list[Encoded],
+        batch_size: int,
+        num_beams: int,
+        new_tokens: int,
+        *,
+        metered: bool = False,
+    ) -> Evaluation:
+        asked = GenerationSettings(new_tokens=new_tokens, num_beams=num_beams, batch_size=batch_size)
+        return evaluate(
+            engine,
+            rows,
+            asked,
+            self.meter,
+            split="profile",
+            score=False,
+            forced_length=True,
+            warm_up=False,
+            precision=self.settings.profile.precision if metered and self.meter.bounded else None,
+            progress=self.progress,
+            check=self._check,
+        )
+
+    def _check(self) -> None:
+        for recorder in self.recorders.values():
+            recorder.check()
+
+    def _engine(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> Engine:
+        s, backbone = variant.settings, self.backbone
+        make, _, _ = engine_for(backbone, s.generation.engine, s.backbone.precision)
+        if METHODS[variant.method].gate is None:
+            return make(backbone, None, None)
+        trained = queries.latest_run(self.store, command="train", method=variant.method)
+        if trained is not None and trained.summary.get("fingerprint") == backbone.fingerprint:
+            self._tell(f"{variant.text}: adapters and plan of run {trained.run_id}")
+            return load_hardened(self.store, trained, backbone, self.meter.device_name, make)
+        self._tell(
+            f"{variant.text}: adapters as initialised"
+            + (", hardened for each length" if METHODS[variant.method].budgeted else "")
+        )
+        return self._untrained(variant, prompts, num_beams)
+
+    def _untrained(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> Engine:
+        s, backbone = variant.settings, self.backbone
+        recorder = self.recorders[variant.text]
+        table = self._table(variant)
+        tuner = new_tuner(s.method, backbone, table.states, s.train.seed)
+        assert tuner.spectral is not None
+        budget = None
+        if METHODS[variant.method].budgeted:
+            new_tokens = s.profile.new_tokens
+            work = num_beams * (len(prompts[0].prompt_ids) + new_tokens)
+            budget = resolve_budget(
+                emax_j=s.budget.emax_j,
+                emax_ratio=s.budget.emax_ratio,
+                reference=None,
+                costs_j=table.costs_j,
+                predicted_j=predicted_tabs_j(work, backbone.num_layers, s.method.rank, table.full.joules),
+                max_new_tokens=new_tokens,
+                num_beams=num_beams,
+            )
+        plan = harden(
+            backbone,
+            tuner.spectral,
+            prompts[:2],
+            run_id=recorder.run.run_id,
+            method=variant.method,
+            table=table,
+            budget=budget,
+            margin=s.budget.margin,
+        )
+        make, _, _ = engine_for(backbone, s.generation.engine, s.backbone.precision)
+        return make(backbone, tuner.spectral, plan)
+
+    def _table(self, variant: Variant) -> EnergyTable:
+        recorder = self.recorders[variant.text]
+        return energy_table(variant.settings, self.backbone, self.meter, self.store, recorder, self.progress)
+
+    def _tell(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+            self.progress.note(note)
+
+    def _row(self, variant: Variant, seen: _Seen) -> Row:
+        first = seen.samples[0]
+        figures, prefill = summarise(seen.samples), summarise(seen.prefill)
+        latency_s, prefill_s = figures["latency_p50_s"], prefill["latency_p50_s"]
+        steps, decode_s = first.new_tokens - 1, latency_s - prefill_s
+        rows = first.batch_size * first.num_beams
+        peak = device_peak(self.meter.device_name)
+        memory_share = compute_share = None
+        if peak is not None:
+            shape = _shape(self.backbone, 1.0 if variant.settings.backbone.precision == "int8" else 2.0)
+            context = first.prompt_tokens + first.new_tokens // 2
+            if steps and decode_s > 0:
+                memory_share = decode_floor_s(shape, peak, rows, context) * steps / decode_s
+            compute_share = prefill_floor_s(shape, peak, first.batch_size, first.prompt_tokens) / prefill_s
+        return Row(
+            variant=variant.text,
+            prompt_tokens=first.prompt_tokens,
+            batch_size=first.batch_size,
+            num_beams=first.num_beams,
+            samples=len(seen.samples),
+            latency_s=latency_s,
+            prefill_s=prefill_s,
+            energy_j=figures["energy_j_per_sample"],
+            error_j=figures["energy_error_j_per_sample"],
+            prefill_j=figures["prefill_j_per_sample"],
+            decode_j=figures["decode_j_per_sample"],
+            decode_tokens_per_s=first.batch_size * steps / decode_s if steps and decode_s > 0 else None,
+            memory_share=memory_share,
+            compute_share=compute_share,
+        )
+
+
+def _with_phases(sample: Sample, prefill: Sample) -> Sample:
+    """The sample with its phases told apart by a window of its prefill alone."""
+    if sample.energy_j is None or prefill.energy_j is None or not prefill.energy_valid:
+        return sample
+    return replace(
+        sample,
+        prefill_j=prefill.energy_j,
+        decode_j=sample.energy_j - prefill.energy_j,
+        phase_method="subtracted",
+    )
+
+
+def _shape(backbone: Backbone, layer_bytes: float) -> DecoderShape:
+    config = backbone.model.config
+    heads = config.num_attention_heads
+    return DecoderShape(
+        layers=backbone.num_layers,
+        hidden=backbone.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_size=getattr(config, "head_dim", None) or backbone.hidden_size // heads,
+        vocabulary=config.vocab_size,
+        layer_bytes=layer_bytes,
+    )
+
+
+def ratio_to_first(rows: Sequence[Row], row: Row) -> tuple[float | None, float]:
+    """Joules and time of ``row`` over those of the first variant at the same point."""
+    point = (row.prompt_tokens, row.batch_size, row.num_beams)
+    first = next(r for r in rows if (r.prompt_tokens, r.batch_size, r.num_beams) == point)
+    joules = None if row.energy_j is None or not first.energy_j else row.energy_j / first.energy_j
+    return joules, row.latency_s / first.latency_s
