@@ -222,7 +222,6 @@ def test_every_joule_in_a_figure_has_its_word(tmp_path: Path, kind: EnergyKind, 
 
 
 @pytest.mark.usefixtures("_text_stays_text")
-@pytest.mark.xfail(strict=True, reason="the label of a run with an outright E_max has bare joules")
 def test_a_budget_in_joules_has_its_word_in_every_legend(tmp_path: Path) -> None:
     for name, texts in texts_of(one_budgeted_run("measured", emax_j=0.25), tmp_path, "light").items():
         assert unworded(texts) == [], name
