@@ -1,18 +1,27 @@
-"""The README and the examples speak of commands, flags, profiles and files that exist."""
+"""The documents speak of commands, flags, profiles and files that exist; what they let a reader run runs."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import duckdb
+import pytest
 import typer
 
 from hestctl.cli.app import app
+from hestctl.energy import certificate, check
 from hestctl.settings import keys, profile_names
+from hestctl.store.migrations import migrate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
+JOULES = (ROOT / "examples" / "joules.md").read_text(encoding="utf-8")
+SNIPPET = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
+"""A Python block, and the output that stands below it, if any does."""
 
 
 def flags_of(command):
@@ -22,20 +31,65 @@ def flags_of(command):
 def test_every_command_line_in_the_documents_exists():
     commands = typer.main.get_command(app).commands
     lines = re.findall(r"^\s*hestctl (\w+)([^#\n`]*)", README + "\n" + QUICKSTART, flags=re.MULTILINE)
-    assert len(lines) >= 9
+    lines += re.findall(r"`hestctl (\w+)([^`]*)`", README + JOULES)
+    assert len(lines) >= 14
     for name, rest in lines:
         assert name in commands, name
         unknown = set(re.findall(r"--[a-z-]+", rest)) - flags_of(commands[name])
         assert not unknown, (name, unknown)
 
 
-def test_every_flag_and_key_the_readme_speaks_of_exists():
+@pytest.mark.parametrize("document", [README, JOULES], ids=["README", "joules"])
+def test_every_flag_and_key_the_documents_speak_of_exists(document):
     commands = typer.main.get_command(app).commands.values()
     known = set().union(*(flags_of(command) for command in commands)) | {"--debug", "--version", "--help"}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document)):
         assert flag in known, flag
-    for key in set(re.findall(r"--set ([a-z_.]+)=", README)):
-        assert key in set(keys()), key
+    for key in set(re.findall(r"--set ([a-z_.]+)=|`(energy\.[a-z_]+)`", document)):
+        assert "".join(key) in set(keys()), key
+
+
+@pytest.mark.parametrize(
+    ("code", "output"), SNIPPET.findall(README) + SNIPPET.findall(JOULES), ids=["README", "bound", "traces"]
+)
+def test_what_the_documents_let_a_reader_run_prints_what_they_say(code, output):
+    ran = subprocess.run([sys.executable, "-"], input=code, cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    if output:
+        assert ran.stdout == output
+    else:
+        assert re.search(r"\d J (measured|estimated) ", ran.stdout), ran.stdout
+
+
+def test_joules_names_tests_measures_and_files_that_exist():
+    sources = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", sources, flags=re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", JOULES))
+    assert len(named) >= 7
+    assert named <= defined, named - defined
+    told = re.findall(r"((?:`\w+`(?:, )?)+) of `calibrate`", JOULES)
+    measures = {name for part in told for name in re.findall(r"\w+", part)}
+    assert len(measures) >= 6
+    assert measures <= {*certificate.MEASURES, *check.MEASURES}
+    paths = set(re.findall(r"`((?:hestctl|tests|examples)/[\w/.]+)`", JOULES))
+    assert len(paths) >= 3
+    assert all((ROOT / path).exists() for path in paths), paths
+
+
+def test_joules_has_the_word_of_every_column_of_the_store():
+    """Nothing in the store says that its predicted joules are: a new column has to be added here."""
+    with duckdb.connect() as connection:
+        migrate(connection, 0)
+        columns = connection.execute("SELECT table_name || '.' || column_name FROM duckdb_columns()")
+        joules = {name for (name,) in columns.fetchall() if re.search(r"(?<=[._])j(_|$)", name)}
+    table = re.search(r"\| column \| its word \|\n(.*?)\n\n", JOULES, flags=re.DOTALL).group(1)
+    words = {}
+    for named, word in re.findall(r"^\| (.*?) \| (.*?) \|$", table, flags=re.MULTILINE):
+        words |= dict.fromkeys(re.findall(r"`(.*?)`", named), word)
+    assert set(words) == joules
+    for column, word in words.items():
+        is_kind = re.fullmatch(r"`(runs|samples|windows)\.(energy_)?kind`", word)
+        assert is_kind or word.startswith("predicted"), (column, word)
 
 
 def test_every_profile_is_named_and_every_named_one_is_there():

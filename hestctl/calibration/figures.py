@@ -29,8 +29,8 @@ from hestctl.settings import BackbonePrecision, MethodName, MethodSettings
 TOKENS = 256
 """Tokens in one pass of what is measured by the prompt token."""
 
-NEW_TOKENS = (1, 33)
-"""A prefill alone, and with so many decode steps that their joules stand out from its own."""
+NEW_TOKENS = (1, 9, 33)
+"""A prefill alone, and two numbers of decode steps, from which regression tells the phases apart as well."""
 
 Work = Callable[[], object]
 

@@ -11,7 +11,7 @@ import typer
 from hestctl.cli import options as o
 
 if TYPE_CHECKING:
-    from hestctl.energy.model import Cost
+    from hestctl.energy.model import Cost, EnergyModel
     from hestctl.workflows.calibrate import Calibrated
 
 
@@ -195,4 +195,15 @@ def _show_predictions(done: Calibrated) -> None:
         ),
         rows,
         left=0,
+        caption="\n".join(_cross_checks(model)),
     )
+
+
+def _cross_checks(model: EnergyModel) -> Iterator[str]:
+    for batch, beams in sorted({(p.batch_size, p.num_beams) for p in model.points}):
+        found = model.phases_disagree(batch, beams)
+        if found is not None:
+            yield (
+                f"batch {batch} x {beams}: prefills metered alone and told by regression over longer "
+                f"generations differ by at most {100 * found:.1f} %"
+            )

@@ -238,7 +238,7 @@ def _show(done: Profiled) -> None:
         ("latency s", [number(p.latency_s, 3) for p in done.points]),
         (f"J a sample ({kind})", [_joules(p.energy_j, p.error_j) for p in done.points]),
         (
-            f"prefill + decode J ({kind})",
+            f"prefill + decode J ({kind}, apportioned)",
             [_told(p.prefill_j, p.decode_j) for p in done.points],
         ),
         ("J a sample (predicted)", [_told(p.predicted_j) for p in done.points]),

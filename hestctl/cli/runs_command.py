@@ -93,7 +93,7 @@ def _kind(key: str, run: Run) -> str:
     words = key.split(".")[-1].split("_")
     if "j" not in words:
         return ""
-    return " (predicted)" if {"emax", "scope"} & set(words) else f" ({run.energy_kind})"
+    return " (predicted)" if {"emax", "scope", "predicted"} & set(words) else f" ({run.energy_kind})"
 
 
 @_runs.command()

@@ -201,7 +201,7 @@ def config_of(run: Run) -> Config | None:
     scope = run.scope or "" if method in _BUDGETED else ""
     if method != "hest":
         return Config(method, role, scope=scope)
-    budget = "" if run.emax_j is None else f"{run.emax_j:.4g} J"
+    budget = "" if run.emax_j is None else f"{run.emax_j:.4g} J predicted"
     if run.emax_ratio is not None:
         budget = f"{run.emax_ratio:g}"
     return Config(method, role, run.precision or "", run.dual or "", run.controller or "", scope, budget)

@@ -236,7 +236,7 @@ class Meter:
         seen, reasons = between(start.before, end.after or end.before)
         gap_s = last.gap_s[1] - first.gap_s[0]
         if gap_s > _GAP_SHARE * duration_s:
-            reasons += (f"gap: the counter was not read for {gap_s:.1f} s (suspended, or starved of CPU)",)
+            reasons += (f"gap: the counter was not read for {gap_s:.1f} s (starved of CPU)",)
         return replace(
             empty,
             kind=self.kind,

@@ -84,8 +84,7 @@ class PhaseJoules(NamedTuple):
 class PassCosts:
     """The fitted coefficients (J) of one batch size and beam width.
 
-    ``worst`` is the largest relative deviation of a calibrated generation from the fit: how far the two
-    ways to tell the phases apart, by windows of their own and by regression over lengths, disagree.
+    ``worst`` is the largest relative deviation of a calibrated generation from the fit.
     """
 
     call_j: float
@@ -134,35 +133,22 @@ class EnergyModel:
             return Unavailable(
                 f"batch {batch_size} with {num_beams} beams was not calibrated ({', '.join(known)} was)"
             )
-        import numpy as np
-        from scipy.optimize import nnls
+        return _fit(points)
 
-        terms = np.array(
-            [
-                (1, p.prompt_tokens, p.prompt_tokens**2, *_decode_terms(p.prompt_tokens, p.new_tokens))
-                for p in points
-            ],
-            dtype=float,
-        )
-        joules = np.array([p.cost.joules for p in points])
-        relative = terms / joules[:, None]
-        # Columns of like size: P^2 against 1 would cost nnls most of its digits.
-        size = np.linalg.norm(relative, axis=0)
-        size[size == 0] = 1.0
-        found, _ = nnls(relative / size, np.ones(len(points)))
-        coefficients = found / size
-        call_j, token_j, token2_j, step_j, context_j = coefficients.tolist()
-        lengths = [p.prompt_tokens for p in points]
-        return PassCosts(
-            call_j,
-            token_j,
-            token2_j,
-            step_j,
-            context_j,
-            worst=float(np.abs(relative @ coefficients - 1).max()),
-            shortest=min(lengths),
-            longest=max(lengths),
-        )
+    def phases_disagree(self, batch_size: int, num_beams: int) -> float | None:
+        """The largest relative difference between two ways to tell the prefill's joules, over the lengths.
+
+        One is a window of the prefill alone, the other a regression over generations of several tokens that
+        never saw that window. None where the points do not allow it.
+        """
+        points = [p for p in self.points if (p.batch_size, p.num_beams) == (batch_size, num_beams)]
+        longer = [p for p in points if p.new_tokens > 1]
+        if len({p.new_tokens for p in longer}) < 2:
+            return None
+        costs = _fit(longer)
+        alone = [p for p in points if p.new_tokens == 1]
+        found = [abs(costs.prefill_j(p.prompt_tokens) / p.cost.joules - 1) for p in alone]
+        return max(found, default=None)
 
     def predict(
         self,
@@ -233,6 +219,39 @@ class EnergyModel:
                 for m in document["matmuls"]
             ),
         )
+
+
+def _fit(points: Sequence[GenerationPoint]) -> PassCosts:
+    """Least squares of relative deviations, no coefficient below zero."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    terms = np.array(
+        [
+            (1, p.prompt_tokens, p.prompt_tokens**2, *_decode_terms(p.prompt_tokens, p.new_tokens))
+            for p in points
+        ],
+        dtype=float,
+    )
+    joules = np.array([p.cost.joules for p in points])
+    relative = terms / joules[:, None]
+    # Columns of like size: P^2 against 1 would cost nnls most of its digits.
+    size = np.linalg.norm(relative, axis=0)
+    size[size == 0] = 1.0
+    found, _ = nnls(relative / size, np.ones(len(points)))
+    coefficients = found / size
+    call_j, token_j, token2_j, step_j, context_j = coefficients.tolist()
+    lengths = [p.prompt_tokens for p in points]
+    return PassCosts(
+        call_j,
+        token_j,
+        token2_j,
+        step_j,
+        context_j,
+        worst=float(np.abs(relative @ coefficients - 1).max()),
+        shortest=min(lengths),
+        longest=max(lengths),
+    )
 
 
 def _costs(document: Mapping[str, Any], *names: str) -> dict[str, Any]:

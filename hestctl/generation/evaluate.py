@@ -156,7 +156,7 @@ def _samples(
                 engine=generator.engine,
                 latency_s=batch.latency_s,
                 energy_kind=window.kind,
-                energy_method=window.method if len(batch.rows) == 1 else "apportioned",
+                energy_method=window.method if len(batch.rows) == 1 or share is None else "apportioned",
                 energy_j=None if share is None else share.energy_j,
                 energy_net_j=net,
                 energy_error_j=None if share is None else share.error_j,

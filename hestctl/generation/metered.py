@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,10 @@ Run = Callable[[Sequence[Encoded]], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch that was generated ``replicates`` times; window and latency are those of one time."""
+    """One batch that was generated ``replicates`` times, all of them in ``window``.
+
+    Joules, their bound and the latency are those of one time (J, s).
+    """
 
     rows: Sequence[Encoded]
     result: Generated
@@ -105,9 +108,10 @@ def replicated(
                 f"{part[0].sample_id}: known to {100 * found.precision:.1f} %, not {100 * precision:g} %, "
                 f"after {found.count} repetitions"
             )
-        batches.append(
-            Batch(part, *last[0], found.window, found.energy_j, found.error_j, latency_s, found.count)
-        )
+        window = found.window
+        if found.count > 1:
+            window = replace(window, name=f"{window.name} x {found.count}")
+        batches.append(Batch(part, *last[0], window, found.energy_j, found.error_j, latency_s, found.count))
         progress.advance(
             "generating",
             min(done + size, len(rows)),

@@ -88,7 +88,23 @@ def add_sample_prediction(con: DuckDBPyConnection) -> None:
         con.execute(f"ALTER TABLE samples ADD COLUMN {column}")
 
 
-MIGRATIONS: tuple[Migration, ...] = (create_tables, add_sample_prediction)
+def say_how_joules_were_had(con: DuckDBPyConnection) -> None:
+    """Comments on the columns whose joules have no kind beside them (duckdb_columns() shows them)."""
+    predicted = "predicted: energy table x logged states"
+    for column, comment in {
+        "samples.scope_energy_j": predicted,
+        "samples.emax_j": "predicted: the budget, in joules of the energy table",
+        "samples.predicted_j": "predicted: energy model x lengths",
+        "steps.energy_j": "predicted: energy table x what the gates decide, J a sample",
+        "steps.train_energy_j": "of the energy_kind of the run: by the meter, so far",
+        "runs.emax_j": "predicted: the budget, in joules of the energy table",
+        "plans.emax_j": "predicted: the budget, in joules of the energy table",
+        "trials.value": "J a sample where the search has a budget: by the meter if measured, else predicted",
+    }.items():
+        con.execute(f"COMMENT ON COLUMN {column} IS '{comment}'")
+
+
+MIGRATIONS: tuple[Migration, ...] = (create_tables, add_sample_prediction, say_how_joules_were_had)
 """The schema version of a store is how many of these were applied to it."""
 
 

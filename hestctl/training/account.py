@@ -167,7 +167,8 @@ class Account:
     def close(self) -> Window:
         """End the attempt: its window, with which the sum is settled.
 
-        The live counter lags behind by up to one of its own steps, the window does not.
+        The live counter lags behind by up to one of its own steps, the window does not. A window that is
+        not valid (contention, throttling) leaves the sum to the budget, and no figure to report.
         """
         end = self._meter.edge()
         self.book()
@@ -176,6 +177,8 @@ class Account:
             self.book()  # the counter may have been lost while the window waited for it
         elif self.joules is not None and self._before_j is not None:
             self._sum.counted_j = max(self.joules, self._before_j + window.energy_j)
+            if not window.valid:
+                self._sum.unread = f"the window is not valid: {window.reason}"
             self._keep()
         self._closed = True
         return window

@@ -29,7 +29,7 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import write_whole
 from hestctl.store.store import Store
-from hestctl.workflows.metering import find_counter, open_meter, record_table, target_of
+from hestctl.workflows.metering import find_counter, open_meter, record_table, settle, target_of
 from hestctl.workflows.setup import chosen_engine, describe
 
 
@@ -122,6 +122,8 @@ def calibrate(
             )
             run = recorder.run
             run.summary = {**run.summary, "certificate": certificate, "meter_check": check.as_dict()}
+            failures = [f"{demand}: {why}" for demand, holds, why in check.verdicts() if holds is False]
+            run.summary = {**run.summary, "meter_failures": failures}
             recorder.commit()
             idle_w = certificate["idle_w"]
             with open_meter(settings.energy, backbone.device, store, progress, idle_w=idle_w) as meter:
@@ -171,6 +173,7 @@ def _meter_itself(
     with _traced(counter, trace) as watched:
         if kept.certificate is None:
             progress.note("certifying the meter: at rest, then under load")
+            settle(device)
             kept.certificate = certify(watched, load=_load(units), poll_s=poll_s).as_dict()
             kept.save()
         recorder.check()

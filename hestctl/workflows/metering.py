@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,27 +49,40 @@ def open_meter(
     with its idle watts, and the device idles at these still.
     """
     counter = find_counter(settings, device)
+    warnings: list[str] = []
     if idle_w is None and not isinstance(counter, Unavailable):
-        idle_w = _idle_w(store, counter.device_uuid)
+        idle_w, warnings = _certified(store, counter.device_uuid)
     synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
     with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
         if meter.kind == "none":
             progress.note(f"meter: none, joules are not measured ({meter.reason})")
         else:
             progress.note(f"meter: {meter.counter_name} on {meter.device_name}; joules are {meter.kind}")
+        for warning in warnings:
+            progress.note(f"the meter's last calibration warns: {warning}")
+        settle(device)
         drift = meter.check_idle()
         if drift is not None:
             progress.note(drift)
         yield meter
 
 
-def _idle_w(store: Store, device_uuid: str) -> float | None:
-    """Idle watts by the latest certificate of this device, if there is one."""
+def settle(device: torch.device) -> None:
+    """Lets a GPU come to rest: its clocks stay up for about a second after work, such as loading weights."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        time.sleep(1.0)
+
+
+def _certified(store: Store, device_uuid: str) -> tuple[float | None, list[str]]:
+    """Idle watts of this device by its latest certificate, and what that warns of."""
     for run in queries.list_runs(store, command="calibrate", status="finished"):
         if run.device_uuid == device_uuid:
-            idle_w = run.summary.get("certificate", {}).get("idle_w")
-            return None if idle_w is None else float(idle_w)
-    return None
+            certificate = run.summary.get("certificate", {})
+            idle_w = certificate.get("idle_w")
+            warnings = [*certificate.get("warnings", ()), *run.summary.get("meter_failures", ())]
+            return None if idle_w is None else float(idle_w), warnings
+    return None, []
 
 
 def energy_table(
@@ -168,6 +182,6 @@ def calibrate_command(settings: Settings) -> str:
         ("--set method.rank", settings.method.rank, default.method.rank),
         ("--set method.controller_width", settings.method.controller_width, default.method.controller_width),
     ):
-        if value != usual:
+        if value != usual and value != "none":
             words.append(f"{flag}{'=' if ' ' in flag else ' '}{value}")
     return " ".join(words)

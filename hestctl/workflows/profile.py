@@ -101,7 +101,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
         table = stored_table(settings, backbone, meter, store, progress)
         model = None if table is None else table.model
         row.calibration_id = None if table is None else table.calibration_id
-        if model is None:
+        if model is None and meter.kind != "none":
             progress.note(
                 f"no energy model of this device: nothing is predicted ({calibrate_command(settings)})"
             )
@@ -186,29 +186,28 @@ def prompts_of(rows: list[Encoded], length: int, count: int) -> list[Encoded]:
 
 
 def _phases(samples: list[Sample]) -> str:
-    rows = [
-        (s.prompt_tokens * s.num_beams, s.new_tokens * s.num_beams, s.energy_j)
-        for s in samples
-        if s.energy_j is not None and s.energy_valid and s.batch_size == 1
-    ]
-    if not rows:
+    """Joules a token of the two phases: by the energy model, or by regression over this run's samples."""
+    valid = [s for s in samples if s.energy_j is not None and s.energy_valid and s.batch_size == 1]
+    if not valid:
         return "prefill and decode: not measured (no valid sample at batch 1)"
+    kind = valid[0].energy_kind
+    known = [s for s in valid if s.prefill_j is not None]
+    if known:
+        prefill_j = sum(s.prefill_j or 0.0 for s in known) / sum(s.prompt_tokens * s.num_beams for s in known)
+        decode_j = sum(s.decode_j or 0.0 for s in known) / sum(s.new_tokens * s.num_beams for s in known)
+        return (
+            f"prefill {prefill_j:.4g} J a prompt token, decode {decode_j:.4g} J a new token "
+            f"({kind}, apportioned by the energy model over {len(known)} samples)"
+        )
+    rows = [(s.prompt_tokens * s.num_beams, s.new_tokens * s.num_beams, s.energy_j or 0.0) for s in valid]
     split = split_phases(rows)
     if isinstance(split, Unavailable):
         return f"prefill and decode: not measured ({split.reason})"
-    kind = samples[0].energy_kind
-    told = (
+    return (
         f"prefill {split.prompt_j_per_token:.4g} +- {split.prompt_error_j:.2g} J a prompt token, "
-        f"decode {split.new_j_per_token:.4g} +- {split.new_error_j:.2g} J a new token "
-        f"({kind}, apportioned by regression over {split.samples} samples)"
+        f"decode {split.new_j_per_token:.4g} +- {split.new_error_j:.2g} J a new token, the prefill's fixed "
+        f"cost in it ({kind}, apportioned by regression over {split.samples} samples)"
     )
-    known = [s for s in samples if s.energy_valid and s.prefill_j is not None and s.batch_size == 1]
-    if not known:
-        return told
-    prefill_j = sum(s.prefill_j or 0.0 for s in known) / sum(s.prompt_tokens * s.num_beams for s in known)
-    decode_j = sum(s.decode_j or 0.0 for s in known) / sum(s.new_tokens * s.num_beams for s in known)
-    by_model = f"{prefill_j:.4g} and {decode_j:.4g} J ({kind}, apportioned)"
-    return f"{told}; cross-check, by the energy model: {by_model}"
 
 
 def _prediction(samples: list[Sample], model: EnergyModel | None) -> str:

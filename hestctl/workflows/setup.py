@@ -255,7 +255,7 @@ def budget_of(
     run = recorder.run
     run.emax_j, run.emax_ratio, run.emax_origin = budget.emax_j, budget.ratio, budget.origin
     run.summary = {**run.summary, "budget": asdict(budget)}
-    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter ({table.kind}; {budget.origin})")
+    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter (predicted; {budget.origin})")
     return budget
 
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import csv
+import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
+import duckdb
+import matplotlib as mpl
 import pytest
 from simulated_runs import a_run, add, classified, empty_store, generated, study, trained, used
 
 from hestctl.compare import frames
 from hestctl.compare.figures import draw
-from hestctl.compare.style import marks
+from hestctl.compare.style import Theme, marks
 from hestctl.compare.table import compare, write_csv
 from hestctl.errors import HestError
+from hestctl.records import EnergyKind
 
 TOPICS = ("energy", "energy_distribution", "latency", "quality_energy", "budget")
 
@@ -126,3 +132,96 @@ def test_csv_holds_every_run_and_quotes_what_a_spreadsheet_would_run(tmp_path: P
     assert line["latency_p99_s"] == ""
     assert "at least 100" in line["latency_p99_s_not_measured"]
     assert line["energy_kind"] == "measured"
+
+
+JOULES = re.compile(r"(?<!\w)[mµn]?J\b|[Jj]oule")
+WORD = re.compile(r"(?<!not )\b(measured|estimated|predicted)\b")
+RATIO = "J / E_max, as the gates decide"
+"""Has no unit of its own: the subtitle says of what it is."""
+
+
+def drawn_texts(path: Path) -> list[tuple[str, bool]]:
+    """Every text of an SVG figure as it was drawn, and whether it is bold: the title alone is."""
+    texts = ElementTree.parse(path).iter("{http://www.w3.org/2000/svg}text")
+    return [("".join(text.itertext()).strip(), "700" in text.get("style", "")) for text in texts]
+
+
+def unworded(texts: Sequence[tuple[str, bool]]) -> list[str]:
+    """Texts with joules and no word for them; a title may leave it to a line below."""
+    lines = [text for text, bold in texts if not bold]
+    below = any(WORD.search(line) for line in lines)
+    predicted = any("joules are predicted" in line for line in lines)
+    return [
+        text
+        for text, bold in texts
+        if JOULES.search(text)
+        and not WORD.search(text)
+        and not (below if bold else predicted and text == RATIO)
+    ]
+
+
+def test_the_check_of_texts_finds_what_it_is_to_find() -> None:
+    title, axis = ("Joules per sample", True), ("joules per sample, measured", False)
+    assert unworded([title, axis, ("ROUGE-Lsum, points", False)]) == []
+    assert unworded([title, ("joules per sample", False)]) == ["Joules per sample", "joules per sample"]
+    assert unworded([title, axis, ("scope mJ per sample", False)]) == ["scope mJ per sample"]
+    assert unworded([title, axis, ("hest 0.25 J", False)]) == ["hest 0.25 J"]
+    assert unworded([("joules per sample, not measured", False)]) == ["joules per sample, not measured"]
+    assert unworded([(RATIO, False), ("joules are predicted; dashed: E_max", False)]) == []
+    assert unworded([(RATIO, False), ("dashed: E_max", False), axis]) == [RATIO]
+
+
+def one_budgeted_run(
+    kind: EnergyKind, *, labelled: bool = False, emax_j: float | None = None
+) -> duckdb.DuckDBPyConnection:
+    """A run of hest with everything that is drawn of one, and its profile, under a meter of this kind."""
+    connection = empty_store()
+    changes = {"energy_kind": kind, "dataset": "lra-text" if labelled else "cnn_dailymail"}
+    run = a_run("hest", 1, emax_ratio=None if emax_j else 0.6, emax_j=emax_j, **changes)
+    samples = generated(run, 24, scope_j=0.017, emax_j=0.016)
+    if labelled:
+        samples = [replace(one, scope_energy_j=0.01, emax_j=0.02) for one in classified(run, 24, 0.8)]
+    add(connection, run, samples=samples, steps=trained(replace(run, steps=60)), utilisation=used("hest"))
+    profile = a_run("hest", 2, command="profile", parent_run_id=run.run_id, **changes)
+    add(connection, profile, samples=generated(profile, 8))
+    return connection
+
+
+def texts_of(
+    connection: duckdb.DuckDBPyConnection, folder: Path, theme: Theme
+) -> dict[str, list[tuple[str, bool]]]:
+    """The texts of every figure by its file name."""
+    drawn = draw(connection, compare(connection), folder / theme, theme=theme, formats=("svg",))
+    assert not drawn.reasons
+    return {path.name: drawn_texts(path) for path in drawn}
+
+
+@pytest.fixture
+def _text_stays_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mpl.rcParams, "svg.fonttype", "none")
+
+
+@pytest.mark.usefixtures("_text_stays_text")
+@pytest.mark.parametrize(("kind", "labelled"), [("measured", False), ("estimated", True)])
+def test_every_joule_in_a_figure_has_its_word(tmp_path: Path, kind: EnergyKind, labelled: bool) -> None:
+    connection = one_budgeted_run(kind, labelled=labelled)
+    light = texts_of(connection, tmp_path, "light")
+    shown = {name for name, texts in light.items() if any(JOULES.search(text) for text, _ in texts)}
+    assert shown == {
+        *(f"comparison_{topic}.svg" for topic in (*TOPICS, "length") if topic != "latency"),
+        "hest-0001_learning.svg",
+    }
+    for name, texts in light.items():
+        assert unworded(texts) == [], name
+        of_joules = [text for text, _ in texts if JOULES.search(text)]
+        words = {word for text in of_joules for word in WORD.findall(text)}
+        of_table = name in ("comparison_budget.svg", "hest-0001_learning.svg")
+        assert words == (set() if not of_joules else {"predicted" if of_table else kind}), name
+    if kind == "measured":
+        assert texts_of(connection, tmp_path, "dark") == light
+
+
+@pytest.mark.usefixtures("_text_stays_text")
+def test_a_budget_in_joules_has_its_word_in_every_legend(tmp_path: Path) -> None:
+    for name, texts in texts_of(one_budgeted_run("measured", emax_j=0.25), tmp_path, "light").items():
+        assert unworded(texts) == [], name

@@ -194,7 +194,7 @@ def test_labels_stay_apart_when_two_configurations_share_a_budget() -> None:
             (a_run("hest", 3, emax_ratio=None, emax_j=0.25), {}),
         )
     )
-    assert {row.label for row in found.rows} == {"hest 0.6 clamp", "hest 0.6 plain", "hest 0.25 J"}
+    assert {row.label for row in found.rows} == {"hest 0.6 clamp", "hest 0.6 plain", "hest 0.25 J predicted"}
 
 
 def test_seeds_are_pooled_per_sample_and_shown_by_run() -> None:

@@ -42,7 +42,7 @@ def model(noise: float = 0.0, lengths: tuple[int, ...] = (128, 512, 1024)) -> En
         )
         for batch in (1, 4)
         for prompt in lengths
-        for new in (1, 33)
+        for new in (1, 9, 33)
     )
     layers = tuple(range(10))
     return EnergyModel(
@@ -83,6 +83,17 @@ def test_noise_of_two_percent_in_the_calibration_stays_within_five_in_the_predic
     assert isinstance(costs, PassCosts)
     assert 0 < costs.worst < 0.05
     assert min(costs.call_j, costs.token_j, costs.token2_j, costs.step_j, costs.context_j) >= 0
+
+
+def test_two_ways_to_tell_the_prefill_agree_where_the_windows_are_right() -> None:
+    assert model().phases_disagree(1, 1) == pytest.approx(0, abs=1e-6)
+    # Prefills metered a tenth too high: the regression over longer generations never saw them.
+    wrong = tuple(
+        replace(p, cost=cost(p.cost.joules * 1.1)) if p.new_tokens == 1 else p for p in model().points
+    )
+    assert replace(model(), points=wrong).phases_disagree(1, 1) == pytest.approx(0.1 / 1.1)
+    short = tuple(p for p in model().points if p.new_tokens < 33)
+    assert replace(model(), points=short).phases_disagree(1, 1) is None
 
 
 def test_a_ragged_batch_runs_to_its_longest() -> None:

@@ -225,3 +225,15 @@ def test_a_file_that_cannot_be_written_ends_training_but_hides_no_other_error(cl
         with pytest.raises(HestError, match=r"cannot write .*spent\.json: No space left"):
             account.book("step")
         account.leave()
+
+
+def test_a_window_that_is_not_valid_leaves_the_budget_its_sum_and_no_figure(clock, path):
+    with meter_of(clock, step_s=0.1, faults=Faults(foreign_s=(0.0, 60.0))) as meter:
+        account = Account(meter, path, 100.0)
+        clock.advance(20.0)
+        account.book("step")
+        window = account.close()
+    assert not window.valid
+    assert account.joules is None
+    assert "not valid: contention" in account.unread
+    assert account.overshoot_j == 0.0
