@@ -153,33 +153,53 @@ def _benchmark_json(done: Benchmarked) -> dict[str, object]:
 
 
 def _show_benchmark(done: Benchmarked) -> None:
-    from hestctl.cli import out
     from hestctl.workflows.benchmark import ratio_to_first
 
     kind, rows = done.runs[0].energy_kind, done.rows
     ratios = [ratio_to_first(rows, row) for row in rows]
-    columns = [
+    where = f"{done.runs[0].backbone}, {done.runs[0].max_new_tokens} new tokens, {done.runs[0].device_name}"
+    points = [
         ("variant", [row.variant for row in rows]),
         ("prompt", [f"{row.prompt_tokens:,}" for row in rows]),
         ("batch x beams", [f"{row.batch_size} x {row.num_beams}" for row in rows]),
-        ("ms", [f"{1e3 * row.latency_s:,.1f}" for row in rows]),
-        ("prefill ms", [f"{1e3 * row.prefill_s:,.1f}" for row in rows]),
-        ("decode tokens/s", [_told(row.decode_tokens_per_s) for row in rows]),
-        (f"J a sample ({kind})", [_joules(row.energy_j, row.error_j) for row in rows]),
-        (f"prefill + decode J ({kind})", [_told(row.prefill_j, row.decode_j) for row in rows]),
-        (f"x J ({kind})", ["-" if joules is None else f"{joules:.3f}" for joules, _ in ratios]),
-        ("x time", [f"{seconds:.3f}" for _, seconds in ratios]),
-        ("of memory floor", [_percent(row.memory_share) for row in rows]),
-        ("of compute floor", [_percent(row.compute_share) for row in rows]),
     ]
-    columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
-    out.table(
-        f"{done.runs[0].max_new_tokens} new tokens, {done.runs[0].backbone}, {done.runs[0].device_name}; "
-        f"x is against {rows[0].variant}",
-        [title for title, _ in columns],
-        list(zip(*(cells for _, cells in columns), strict=True)),
-        caption="\n".join((*done.notes, "runs: " + ", ".join(run.run_id for run in done.runs))),
+    _columns(
+        f"time: {where}; x is against {rows[0].variant}",
+        [
+            *points,
+            ("ms", [f"{1e3 * row.latency_s:,.1f}" for row in rows]),
+            ("prefill ms", [f"{1e3 * row.prefill_s:,.1f}" for row in rows]),
+            ("decode tokens/s", [_per_second(row.decode_tokens_per_s) for row in rows]),
+            ("x time", [f"{seconds:.3f}" for _, seconds in ratios]),
+            ("of memory floor", [_percent(row.memory_share) for row in rows]),
+            ("of compute floor", [_percent(row.compute_share) for row in rows]),
+        ],
+        "",
     )
+    _columns(
+        f"joules ({kind}): {where}",
+        [
+            *points,
+            (f"J a sample ({kind})", [_joules(row.energy_j, row.error_j) for row in rows]),
+            (f"prefill J ({kind})", [_told(row.prefill_j) for row in rows]),
+            (f"decode J ({kind})", [_told(row.decode_j) for row in rows]),
+            (f"x J ({kind})", ["-" if joules is None else f"{joules:.3f}" for joules, _ in ratios]),
+        ],
+        "\n".join((*done.notes, "runs: " + ", ".join(run.run_id for run in done.runs))),
+    )
+
+
+def _columns(title: str, columns: list[tuple[str, list[str]]], caption: str) -> None:
+    """A table of columns; one that nothing fills (no budget, no calibration, no datasheet) is left out."""
+    from hestctl.cli import out
+
+    filled = [(name, cells) for name, cells in columns if set(cells) != {"-"}]
+    rows = list(zip(*(cells for _, cells in filled), strict=True))
+    out.table(title, [name for name, _ in filled], rows, caption=caption)
+
+
+def _per_second(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"
 
 
 def _percent(share: float | None) -> str:
@@ -224,7 +244,6 @@ def _as_json(done: Profiled) -> dict[str, object]:
 
 
 def _show(done: Profiled) -> None:
-    from hestctl.cli import out
     from hestctl.cli.figures_text import number
 
     kind = done.run.energy_kind
@@ -251,14 +270,10 @@ def _show(done: Profiled) -> None:
             ],
         ),
     ]
-    # A column that nothing fills (no budget, no calibration) says nothing.
-    columns = [(title, cells) for title, cells in columns if set(cells) != {"-"}]
-    out.table(
+    _columns(
         f"{done.run.run_id}: {done.run.method}, {done.run.max_new_tokens} new tokens, {done.run.device_name}",
-        [title for title, _ in columns],
-        list(zip(*(cells for _, cells in columns), strict=True)),
-        left=0,
-        caption="\n".join(line for line in (done.left_out, done.phases, done.prediction) if line),
+        columns,
+        "\n".join(line for line in (done.left_out, done.phases, done.prediction) if line),
     )
 
 

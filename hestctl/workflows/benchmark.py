@@ -6,7 +6,7 @@ generate is of no matter. Joules and times are those of the engine, the precisio
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
@@ -77,6 +77,19 @@ class Benchmarked:
 
 
 @dataclass(slots=True)
+class _Notes:
+    """Lets notes through: a bar for every single generation would hide the one for all of them."""
+
+    progress: Progress
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+
+    def advance(self, stage: str, done: int, total: int, figures: Mapping[str, float | None]) -> None:
+        """Says nothing."""
+
+
+@dataclass(slots=True)
 class _Seen:
     """What one variant showed at one point."""
 
@@ -133,12 +146,13 @@ def benchmark(
                 max_new_tokens=settings.profile.new_tokens,
             )
             recorders[variant.text] = stack.enter_context(recording(store, row))
-        bench = _Bench(settings, store, progress, backbone, meter, recorders)
+        points = [(b, length, w) for b, length in grid(settings) for w in beams]
+        visits = len(points) * len(variants) * settings.profile.repeats
+        bench = _Bench(settings, store, progress, backbone, meter, recorders, visits)
         rows: list[Row] = []
-        for batch_size, length in grid(settings):
-            for num_beams in beams:
-                prompts = prompts_of(data.test, length, batch_size * settings.profile.repeats)
-                rows += bench.point(variants, prompts, batch_size, num_beams)
+        for batch_size, length, num_beams in points:
+            prompts = prompts_of(data.test, length, batch_size * settings.profile.repeats)
+            rows += bench.point(variants, prompts, batch_size, num_beams)
         for recorder in recorders.values():
             recorder.run.summary = {
                 **recorder.run.summary,
@@ -156,6 +170,8 @@ class _Bench:
     backbone: Backbone
     meter: Meter
     recorders: dict[str, Recorder]
+    visits: int
+    done: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -198,6 +214,10 @@ class _Bench:
         for window in (*(replace(w, phase="prefill") for w in prefill.windows), *whole.windows):
             recorder.window(window)
         recorder.commit()
+        self.done += 1
+        one = whole.samples[0]
+        figures = {f"{variant.text} s": one.latency_s, f"J {self.meter.kind}": one.energy_j}
+        self.progress.advance("benchmarking", self.done, self.visits, figures)
 
     def _generate(
         self,
@@ -220,7 +240,7 @@ class _Bench:
             forced_length=True,
             warm_up=False,
             precision=self.settings.profile.precision if metered and self.meter.bounded else None,
-            progress=self.progress,
+            progress=_Notes(self.progress),
             check=self._check,
         )
 
