@@ -21,7 +21,7 @@ from hestctl.settings import BackboneSettings, DataSettings
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("HESTCTL_TEST_REAL") != "1",
-    reason="HESTCTL_TEST_REAL=1 runs it: minutes, and a real model",
+    reason="HESTCTL_TEST_REAL=1 runs it: it takes minutes",
 )
 NEW = 32
 
