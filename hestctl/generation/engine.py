@@ -22,6 +22,10 @@ from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters, applied
 
 
+Notes = dict[str, str | dict[str, str]]
+"""What an engine chose, by subject, and why."""
+
+
 @dataclass(frozen=True, slots=True)
 class Generated:
     """One batch's result: new token ids per request (stop token included), and the log of states."""

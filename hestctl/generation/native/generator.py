@@ -16,10 +16,12 @@ from torch import Tensor
 
 from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generated
+from hestctl.generation.engine import Generated, Notes
+from hestctl.generation.fused import why_not_fused
 from hestctl.generation.native.cache import allocate, bucket
 from hestctl.generation.native.choice import Rules
 from hestctl.generation.native.gates import Directions, Gates
+from hestctl.generation.native.graph import Replay
 from hestctl.generation.native.known import repetition_penalty, unsupported
 from hestctl.generation.native.network import Network
 from hestctl.generation.native.prompts import Prompts, lay_out
@@ -64,7 +66,15 @@ class NativeGenerator:
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
         self.precision = precision
         self._static = on_gpu if static is None else static
-        self._directions = None if adapters is None else Directions(adapters, backbone.dtype)
+        self._directions, self._fused = None, False
+        self.notes: Notes = {"adapter": "none"}
+        if adapters is not None:
+            self._directions = Directions(adapters, backbone.dtype)
+            reason = why_not_fused(adapters, backbone.device)
+            if reason is None and not self._static:
+                reason = "batches are not laid out for a GPU"
+            self._fused = reason is None
+            self.notes["adapter"] = "fused" if reason is None else f"unfused: {reason}"
         self._network = Network(backbone, precision)
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
         self._memory = torch.empty(0, dtype=backbone.dtype)
@@ -144,7 +154,7 @@ class NativeGenerator:
     def adapter_work(self, batch_size: int, num_beams: int, tokens: int) -> Callable[[], object]:
         """All layers' adapters alone, over prompts of ``tokens`` or, where that is 1, over one step."""
         device, layers = self.backbone.device, self.backbone.num_layers
-        gates = self._gates(batch_size, num_beams)
+        gates = self._gates(batch_size, num_beams, steps=tokens == 1)
         if gates is None:
             return lambda: None
         prompts = lay_out([[0] * tokens] * batch_size, device, width=None, grid="left")
@@ -156,11 +166,12 @@ class NativeGenerator:
         alive = torch.ones((), dtype=torch.bool, device=device)
 
         def step() -> None:
+            gates.start(alive)
             for layer in range(layers):
-                gates.token(layer, hidden_ND, alive)
-            gates.tally(alive)
+                gates.token(layer, hidden_ND)
+            gates.tally()
 
-        return step
+        return Replay(step, lambda: None) if device.type == "cuda" else step
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""
@@ -178,7 +189,7 @@ class NativeGenerator:
             width=bucket(longest) if self._static else None,
             grid="left" if left else "right",
         )
-        gates = self._gates(len(sequences), 1)
+        gates = self._gates(len(sequences), 1, steps=False)
         if gates is not None:
             gates.begin(prompts, 0)
         return self._network.over(prompts, gates, None), prompts, gates
@@ -196,7 +207,7 @@ class NativeGenerator:
         if session is None:
             while len(self._sessions) >= _SESSIONS:
                 self._sessions.popitem(last=False)
-            gates = self._gates(shape.requests, shape.beams)
+            gates = self._gates(shape.requests, shape.beams, steps=True)
             memory = self._room(shape)
             session = Session(self._network, shape, gates, memory, static=self._static)
         self._sessions[shape] = session
@@ -211,10 +222,12 @@ class NativeGenerator:
             self._memory = allocate(wanted, self.backbone.dtype, self.backbone.device)
         return self._memory
 
-    def _gates(self, requests: int, beams: int) -> Gates | None:
+    def _gates(self, requests: int, beams: int, *, steps: bool) -> Gates | None:
+        """The adapters of a batch, of whose prompts alone unless ``steps``."""
         if self._directions is None:
             return None
-        return Gates(self._directions, self.plan, requests, beams, self.backbone.device)
+        device, fused = self.backbone.device, steps and self._fused
+        return Gates(self._directions, self.plan, requests, beams, device, fused=fused)
 
     def _look_again(self) -> None:
         if self._network.moved:
