@@ -71,7 +71,9 @@ class FusedDecode:
             counts_LQS=counts_LQS,
         )
         self.steps = [
-            AdapterStep(layer_weights, registers, layer, beams=beams, ledger=ledger is not None, joined=joined)
+            AdapterStep(
+                layer_weights, registers, layer, beams=beams, ledger=ledger is not None, joined=joined
+            )
             for layer, layer_weights in enumerate(weights)
         ]
 

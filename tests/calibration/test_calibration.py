@@ -19,7 +19,7 @@ from hestctl.energy.model import PhaseJoules
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generator
+from hestctl.generation.engines import EngineKind
 from hestctl.model.backbone import Backbone, tiny_backbone
 from hestctl.records import EnergyKind
 from hestctl.settings import EnergySettings, MethodSettings
@@ -132,7 +132,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
 
 
 def target(backbone: Backbone, **method: object) -> Target:
-    return Target(backbone, "full", "transformers", Generator, MethodSettings(**method))
+    return Target(backbone, EngineKind("transformers", None), MethodSettings(**method))
 
 
 def calibrated(board: Board, meter: Meter, found: dict[str, measure.Cost] | None = None) -> EnergyTable:

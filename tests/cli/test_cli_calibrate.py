@@ -115,7 +115,7 @@ def test_without_a_calibration_profile_says_what_to_type(copied: Study) -> None:
 def test_a_stale_table_is_refused_until_it_is_renewed(
     calibrated: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "DEFAULT_KERNEL", "another kernel")
+    monkeypatch.setattr(measure, "on_offer", lambda device: "another kernel")
     for command in (PROFILE, ("train", "--method", "tabs", *TRIAL, "-q"), ("harden", "-q")):
         outcome = run_cli(calibrated.folder, *command)
         assert outcome.code == Exit.USAGE, outcome.err

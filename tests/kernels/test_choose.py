@@ -81,9 +81,9 @@ def test_what_is_not_there_is_in_the_document_with_its_reason(monkeypatch):
         assert own and set(own) == {"triton is not installed"}
     document = json.loads(json.dumps(found.as_dict()))
     assert Choices.from_dict(document) == found
-    assert found.kernel(3, 16, 24) == "torch._int_mm"
-    with pytest.raises(KeyError):
-        found.kernel(3, 16, 25)
+    assert found.kernels(16, 24) == {16: "torch._int_mm", 64: "torch._int_mm"}
+    with pytest.raises(KeyError, match="16 outputs and 25 inputs"):
+        found.kernels(16, 25)
 
 
 @pytest.mark.parametrize(

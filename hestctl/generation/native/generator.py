@@ -26,8 +26,9 @@ from hestctl.generation.native.known import repetition_penalty, unsupported
 from hestctl.generation.native.network import Network
 from hestctl.generation.native.prompts import Prompts, lay_out
 from hestctl.generation.native.session import Session, Shape
-from hestctl.generation.native.weights import Precision
+from hestctl.generation.native.weights import Precision, kernel_note
 from hestctl.hardening.plan import Plan
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
 
@@ -40,12 +41,13 @@ _SESSIONS = 32
 class NativeGenerator:
     """A backbone with hardened adapters, ready to generate; base and merged LoRA have no adapters.
 
-    ``precision`` int8 runs the decoder layers' MatMuls in int8. ``static`` lays everything out as a GPU
-    needs it; by default where there is one. int8 codes and adapters are taken as they are when the
+    ``precision`` int8 runs the decoder layers' MatMuls in int8, by the kernels of ``choices`` (the default
+    one where it is None). ``static`` lays everything out as a GPU needs it; by default where there is one.
+    ``notes`` tells whether decode's adapters are fused, and which kernels run, each with its reason. int8 codes and adapters are taken as they are when the
     generator is made: merge LoRA and harden before. A backbone whose parameters are put elsewhere is read
     again.
 
-    Raises HestError (usage) where ``unsupported`` has a reason.
+    Raises HestError (usage) where ``unsupported`` has a reason; KeyError and ValueError as ``read_weights``.
     """
 
     engine = ENGINE
@@ -57,6 +59,7 @@ class NativeGenerator:
         plan: Plan | None,
         *,
         precision: Precision = "full",
+        choices: Choices | None = None,
         static: bool | None = None,
     ) -> None:
         on_gpu = backbone.device.type == "cuda"
@@ -64,7 +67,7 @@ class NativeGenerator:
         if on_gpu and adapters is not None and adapters.uses_int8 and adapters.shape[2] % 8:
             _refuse(f"int8 products on a GPU need ranks of multiples of 8, not {adapters.shape[2]}")
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
-        self.precision = precision
+        self.precision, self._choices = precision, choices
         self._static = on_gpu if static is None else static
         self._directions, self._fused = None, False
         self.notes: Notes = {"adapter": "none"}
@@ -75,7 +78,9 @@ class NativeGenerator:
                 reason = "batches are not laid out for a GPU"
             self._fused = reason is None
             self.notes["adapter"] = "fused" if reason is None else f"unfused: {reason}"
-        self._network = Network(backbone, precision)
+        self._network = Network(backbone, precision, choices)
+        self.notes["kernels"] = kernel_note(self._network.weights, choices)
+        self._warm = False
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
         self._memory = torch.empty(0, dtype=backbone.dtype)
 
@@ -91,18 +96,35 @@ class NativeGenerator:
     ) -> int:
         """Pay beforehand for what a first time costs, and say how many batches were run for it.
 
-        On a GPU one batch of every shape that ``rows`` will have, the largest first (compilation, capture,
-        memory); on a CPU the first batch alone. Errors as ``generate``.
+        On a GPU one batch of every shape that ``rows`` will have and no batch had before, the largest first
+        (compilation, capture, memory); on a CPU the very first batch alone. Errors as ``generate``.
         """
-        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        parts = _parts(rows, batch_size)
         if not self._static:
+            if self._warm:
+                return 0
             self.generate(parts[0], new_tokens=new_tokens, num_beams=num_beams, forced_length=forced_length)
             return 1
+        self._look_again()
         shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
+        cold = [shape for shape in shapes if shape not in self._sessions]
         network = self._network
-        for shape in sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
+        for shape in sorted(cold, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
             self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
-        return len(shapes)
+        return len(cold)
+
+    def warm_up_labels(self, rows: Sequence[Encoded], *, batch_size: int) -> int:
+        """``warm_up`` for ``label_scores``: on a GPU a batch of every count and length bucket."""
+        parts = _parts(rows, batch_size)
+        if not self._static:
+            if self._warm:
+                return 0
+            self.label_scores(parts[0])
+            return 1
+        buckets = {(len(part), bucket(max(len(row.prompt_ids) for row in part))): part for part in parts}
+        for part in buckets.values():
+            self.label_scores(part)
+        return len(buckets)
 
     @torch.inference_mode()
     def generate(
@@ -115,6 +137,7 @@ class NativeGenerator:
         """
         shape = self._shape(rows, new_tokens, num_beams, forced_length)
         session = self._session(shape)
+        self._warm = True
         session.begin([row.prompt_ids for row in rows])
         stop = session.stop()
         for _ in range(new_tokens - 1):
@@ -132,6 +155,7 @@ class NativeGenerator:
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
         """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
         sequences = [row.prompt_ids for row in rows]
+        self._warm = True
         x_ND, prompts, gates = self._over(sequences, left=True)
         return self._network.logits(x_ND[prompts.last_Q]).float().cpu(), _log(gates)
 
@@ -233,7 +257,11 @@ class NativeGenerator:
         if self._network.moved:
             _refuse(unsupported(self.backbone))
             self._sessions.clear()
-            self._network = Network(self.backbone, self.precision)
+            self._network = Network(self.backbone, self.precision, self._choices)
+
+
+def _parts(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _log(gates: Gates | None) -> Tensor | None:
