@@ -8,6 +8,7 @@ from hestctl.calibration.figures import TOKENS, Target, layer_groups, layer_weig
 from hestctl.energy.meter import Meter
 from hestctl.energy.replicate import replicate
 from hestctl.kernels.choose import Choices, Measure, Shape, choose
+from hestctl.progress import Progress
 
 _LONG = 4096
 """Rows of a long prompt's prefill, beside the short one of ``TOKENS``."""
@@ -41,20 +42,22 @@ def choose_kernels(
     measure: Measure,
     known: Choices | None,
     keep: Callable[[Choices], None],
+    progress: Progress,
 ) -> Choices:
     """The kernels of all ``shapes``; ``keep`` is called after each with all that is ``known`` by then."""
-    backbone = target.backbone
-    for shape in shapes(target, rows):
+    backbone, wanted = target.backbone, shapes(target, rows)
+    for done, shape in enumerate(wanted, 1):
         if known is None or shape.key not in known.by_shape:
             new = choose([shape], backbone.dtype, backbone.device, measure)
             known = Choices(new.device_name, {**({} if known is None else known.by_shape), **new.by_shape})
             keep(known)
+        progress.advance("choosing int8 kernels", done, len(wanted), {})
     assert known is not None
     return known
 
 
 def metered(meter: Meter, least_s: float, check: Callable[[], None]) -> Measure:
-    """A ``Measure`` by the running meter, each reading of ``least_s`` seconds or as many as its bound needs."""
+    """A ``Measure`` by the running meter; a reading takes ``least_s`` seconds, or as its bound needs."""
 
     def measure(run: Callable[[], object]) -> tuple[float | None, float]:
         found = replicate(

@@ -124,10 +124,11 @@ class Calibration:
         return self._table(self._model(num_beams, lengths))
 
     def _choose(self, rows: Sequence[int]) -> None:
-        self.progress.note("choosing int8 kernels")
         measure = metered(self.meter, self.energy.calibration_s, self.check)
         with torch.inference_mode():
-            self.choices = choose_kernels(self.target, rows, measure, self.choices, self.keep_choices)
+            self.choices = choose_kernels(
+                self.target, rows, measure, self.choices, self.keep_choices, self.progress
+            )
         engine = replace(self.target.engine, choices=self.choices)
         self.target = replace(self.target, engine=engine)
 

@@ -21,7 +21,6 @@ from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters, applied
 
-
 Notes = dict[str, str | dict[str, str]]
 """What an engine chose, by subject, and why."""
 

@@ -71,7 +71,7 @@ class _Kept:
                 "leave out --resume to start afresh",
                 Exit.USAGE,
             )
-        kernels = document["kernels"]
+        kernels = document.get("kernels")
         return cls(
             path,
             key,

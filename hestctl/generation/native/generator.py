@@ -43,9 +43,10 @@ class NativeGenerator:
 
     ``precision`` int8 runs the decoder layers' MatMuls in int8, by the kernels of ``choices`` (the default
     one where it is None). ``static`` lays everything out as a GPU needs it; by default where there is one.
-    ``notes`` tells whether decode's adapters are fused, and which kernels run, each with its reason. int8 codes and adapters are taken as they are when the
-    generator is made: merge LoRA and harden before. A backbone whose parameters are put elsewhere is read
-    again.
+    ``notes`` tells whether decode's adapters are fused, and which kernels run, each with its reason.
+
+    int8 codes and adapters are taken as they are when the generator is made: merge LoRA and harden before.
+    A backbone whose parameters are put elsewhere is read again.
 
     Raises HestError (usage) where ``unsupported`` has a reason; KeyError and ValueError as ``read_weights``.
     """
@@ -107,11 +108,12 @@ class NativeGenerator:
             return 1
         self._look_again()
         shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
-        cold = [shape for shape in shapes if shape not in self._sessions]
-        network = self._network
-        for shape in sorted(cold, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
-            self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
-        return len(cold)
+        network, made = self._network, 0
+        for shape in sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
+            if shape not in self._sessions:
+                self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
+                made += 1
+        return made
 
     def warm_up_labels(self, rows: Sequence[Encoded], *, batch_size: int) -> int:
         """``warm_up`` for ``label_scores``: on a GPU a batch of every count and length bucket."""
