@@ -216,7 +216,7 @@ def _open_plan(spectral: SpectralAdapters) -> Plan:
         energy_kind="none",
         costs_j=(0.0, 0.5, 1.0),
         uses_int8=spectral.uses_int8,
-        emax_j=1e9,
+        emax_j=1e8,  # more, and a long run of one-token steps would leave the ledger's integers
         emax_origin=None,
         margin=0.0,
         pace=(1 / layers,) * layers,
