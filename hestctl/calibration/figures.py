@@ -5,7 +5,7 @@ Shape legend: N rows of a MatMul, D hidden size, K inputs, L layers, R direction
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from hestctl.data.prompts import Encoded
 from hestctl.energy.model import GateKind, Phase
-from hestctl.generation.engines import MakeEngine
+from hestctl.generation.engines import EngineKind
 from hestctl.hardening.plan import PLAN_VERSION, Plan
-from hestctl.kernels.int8 import Int8Linear
+from hestctl.kernels.choose import Choices
+from hestctl.kernels.int8 import DEFAULT_KERNEL, Int8Linear
 from hestctl.model.backbone import Backbone
 from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import build_tuner
 from hestctl.model.spectral import SpectralAdapters
-from hestctl.settings import BackbonePrecision, MethodName, MethodSettings
+from hestctl.settings import MethodName, MethodSettings
 
 TOKENS = 256
 """Tokens in one pass of what is measured by the prompt token."""
@@ -37,12 +38,10 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What is calibrated: a backbone in one precision, on one engine, with the adapters of ``method``."""
+    """What is calibrated: a backbone on one engine, with the adapters of ``method``."""
 
     backbone: Backbone
-    precision: BackbonePrecision
-    engine: str
-    make: MakeEngine
+    engine: EngineKind
     method: MethodSettings
 
 
@@ -84,11 +83,13 @@ def matmul_key(phase: str, rows: int, group: int, state: str) -> str:
     return f"matmuls/{phase}/rows-{rows}/shape-{group}/{state}"
 
 
-def matmul_figures(backbone: Backbone, rows: Iterable[int]) -> list[Figure]:
+def matmul_figures(target: Target, rows: Iterable[int]) -> list[Figure]:
     """All MatMuls of all layers of one shape, one layer after the other, so that no cache keeps a weight.
 
-    ``rows``: rows (batch x beams) of the decode steps asked for; a prefill is measured with 256.
+    ``rows``: rows (batch x beams) of the decode steps asked for; a prefill is measured with 256. Those in
+    int8 run by the target's kernels.
     """
+    backbone, choices = target.backbone, target.engine.choices
     figures = []
     for group, layers in enumerate(layer_groups(backbone)):
         modules = [backbone.layers[layer] for layer in layers]
@@ -97,7 +98,7 @@ def matmul_figures(backbone: Backbone, rows: Iterable[int]) -> list[Figure]:
                 figures.append(
                     Figure(
                         matmul_key(phase, count, group, state),
-                        partial(_matmuls, modules, count, state),
+                        partial(_matmuls, modules, count, state, choices),
                         count * len(layers),
                     )
                 )
@@ -113,11 +114,11 @@ def layer_groups(backbone: Backbone) -> list[tuple[int, ...]]:
     """Layer indices, those whose MatMuls have the same shapes together."""
     groups: dict[tuple[torch.Size, ...], list[int]] = {}
     for index, layer in enumerate(backbone.layers):
-        groups.setdefault(tuple(w.shape for part in _weights(layer) for w in part), []).append(index)
+        groups.setdefault(tuple(w.shape for part in layer_weights(layer) for w in part), []).append(index)
     return [tuple(group) for group in groups.values()]
 
 
-def _weights(layer: Any) -> list[list[Tensor]]:
+def layer_weights(layer: Any) -> list[list[Tensor]]:
     """A decoder layer's weights (M x K), those with the same input together."""
     attention, mlp = layer.self_attn, layer.mlp
     return [
@@ -131,13 +132,19 @@ def _weights(layer: Any) -> list[list[Tensor]]:
     ]
 
 
-def _matmuls(layers: Sequence[nn.Module], rows: int, state: str) -> Work:
-    parts = [part for layer in layers for part in _weights(layer)]
+def _matmuls(layers: Sequence[nn.Module], rows: int, state: str, choices: Choices | None) -> Work:
+    parts = [part for layer in layers for part in layer_weights(layer)]
     x_by_K = {part[0].shape[1]: part[0].new_full((rows, part[0].shape[1]), 0.01) for part in parts}
     if state == "int8":
-        int8 = [(Int8Linear(part), x_by_K[part[0].shape[1]]) for part in parts]
+        int8 = [(Int8Linear(part, kernel=_kernel(part, choices)), x_by_K[part[0].shape[1]]) for part in parts]
         return lambda: [linear(x) for linear, x in int8]
     return lambda: [F.linear(x_by_K[w.shape[1]], w) for part in parts for w in part]
+
+
+def _kernel(part: Sequence[Tensor], choices: Choices | None) -> str | Mapping[int, str]:
+    if choices is None:
+        return DEFAULT_KERNEL
+    return choices.kernels(sum(len(weight) for weight in part), part[0].shape[1])
 
 
 GATES: dict[GateKind, MethodName] = {"ordinal": "hest", "linear": "tabs", "static": "bhsp"}
@@ -190,7 +197,7 @@ def _adapters(
     assert spectral is not None
     spectral.to(backbone.device)
     plan = _open_plan(spectral) if isinstance(spectral.gate, OrdinalGate) else None
-    engine = target.make(backbone, spectral, plan)
+    engine = target.engine.make(backbone, spectral, plan)
     return engine.adapter_work(batch_size, num_beams, tokens)
 
 
@@ -209,7 +216,7 @@ def _open_plan(spectral: SpectralAdapters) -> Plan:
         energy_kind="none",
         costs_j=(0.0, 0.5, 1.0),
         uses_int8=spectral.uses_int8,
-        emax_j=1e9,
+        emax_j=1e8,  # more, and a long run of one-token steps would leave the ledger's integers
         emax_origin=None,
         margin=0.0,
         pace=(1 / layers,) * layers,
@@ -254,5 +261,5 @@ def _generation(target: Target, batch: int, num_beams: int, prompt: int, new: in
         )
         for i, row in enumerate(ids.tolist())
     ]
-    engine = target.make(target.backbone, None, None)
+    engine = target.engine.make(target.backbone, None, None)
     return lambda: engine.generate(rows, new_tokens=new, num_beams=num_beams, forced_length=True)

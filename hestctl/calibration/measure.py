@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,12 +29,13 @@ from hestctl.calibration.figures import (
     matmul_key,
     passes,
 )
+from hestctl.calibration.kernels import choose_kernels, concerns, metered
 from hestctl.energy.meter import Meter
 from hestctl.energy.model import AdapterPass, Cost, EnergyModel, GenerationPoint, LayerMatmuls
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable, TableKey
 from hestctl.errors import Exit, HestError
-from hestctl.kernels.int8 import DEFAULT_KERNEL
+from hestctl.kernels.choose import Choices, on_offer
 from hestctl.progress import Progress
 from hestctl.settings import EnergySettings
 
@@ -53,15 +54,15 @@ def table_key(target: Target, meter: Meter) -> TableKey:
             "shape": f"{backbone.num_layers}x{backbone.hidden_size}x{config.intermediate_size}"
             f"/{config.num_attention_heads}:{config.num_key_value_heads}/{config.vocab_size}",
             "dtype": str(backbone.dtype).removeprefix("torch."),
-            "precision": target.precision,
-            "engine": target.engine,
+            "precision": target.engine.precision,
+            "engine": target.engine.name,
             "rank": str(method.rank),
             "width": str(method.controller_width),
         },
         conditions={
             "meter": meter.counter_name,
             "driver": meter.driver,
-            "kernels": DEFAULT_KERNEL,
+            "kernels": on_offer(backbone.device),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
@@ -72,8 +73,9 @@ def table_key(target: Target, meter: Meter) -> TableKey:
 class Calibration:
     """Measures figures under a running meter, and keeps them.
 
-    ``found`` holds what an interrupted calibration measured before; ``keep`` is called with all of it after
-    each figure. ``check`` is polled and may raise Interrupted.
+    ``found`` and ``choices`` hold what an interrupted calibration measured before; ``keep`` and
+    ``keep_choices`` are called with all of it after each figure or choice of kernel. ``check`` is polled and
+    may raise Interrupted.
     """
 
     target: Target
@@ -83,6 +85,8 @@ class Calibration:
     check: Callable[[], None]
     found: dict[str, Cost] = field(default_factory=dict)
     keep: Callable[[dict[str, Cost]], None] = lambda found: None
+    choices: Choices | None = None
+    keep_choices: Callable[[Choices], None] = lambda choices: None
 
     def directions(self) -> EnergyTable:
         """The prices of directions and controller alone: what training and hardening need.
@@ -95,6 +99,7 @@ class Calibration:
     def full(self, num_beams: int) -> EnergyTable:
         """The whole table with the energy model, for the batch sizes and lengths in ``energy``.
 
+        Where int8 kernels concern the target they are chosen first, and everything is measured with them.
         Each figure is metered for at least five times ``energy.calibration_s``, and on until the meter's
         bound is within ``energy.calibration_precision``; its error is the bound and the standard error over
         five parts together. Raises HestError (no device) when the meter gives no joules.
@@ -102,7 +107,9 @@ class Calibration:
         batches, lengths = self.energy.batch_sizes, self._lengths()
         rows = [batch * num_beams for batch in batches]
         generations = generation_figures(self.target, batches, num_beams, lengths)
-        matmuls = matmul_figures(self.target.backbone, rows)
+        if concerns(self.target):
+            self._choose(rows)
+        matmuls = matmul_figures(self.target, rows)
         directions = direction_figures(self.target)
         adapters = len(GATES) * len(batches) * 2
         total = len(directions) + len(generations) + len(matmuls) + adapters
@@ -115,6 +122,15 @@ class Calibration:
         self._measure(matmuls, total)
         self._measure(adapter_figures(self.target, states, batches, num_beams), total)
         return self._table(self._model(num_beams, lengths))
+
+    def _choose(self, rows: Sequence[int]) -> None:
+        measure = metered(self.meter, self.energy.calibration_s, self.check)
+        with torch.inference_mode():
+            self.choices = choose_kernels(
+                self.target, rows, measure, self.choices, self.keep_choices, self.progress
+            )
+        engine = replace(self.target.engine, choices=self.choices)
+        self.target = replace(self.target, engine=engine)
 
     def _lengths(self) -> list[int]:
         context = self.target.backbone.model.config.max_position_embeddings
@@ -170,7 +186,7 @@ class Calibration:
         found, batches = self.found, self.energy.batch_sizes
         rows = [batch * num_beams for batch in batches]
         return EnergyModel(
-            engine=self.target.engine,
+            engine=self.target.engine.name,
             points=tuple(
                 GenerationPoint(b, num_beams, p, n, found[generation_key(b, num_beams, p, n)])
                 for b in batches
@@ -215,6 +231,7 @@ class Calibration:
             int8=self.found["direction/int8"],
             controller=self.found["controller"],
             model=model,
+            kernels=None if self.choices is None else self.choices.as_dict(),
         )
 
 

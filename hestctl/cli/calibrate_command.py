@@ -50,7 +50,8 @@ def calibrate(
 ) -> None:
     """Certify the meter, check it on known work, and measure the energy table of this device.
 
-    The table prices adapter directions and layers, and predicts whole generations. `train` and `harden`
+    The table prices adapter directions and layers, and predicts whole generations. On a GPU, and with
+    --backbone-precision int8, the int8 kernels are chosen first; generation takes what was chosen. `train` and `harden`
     measure the prices that they need on the way where the store has none for this device; one that was
     measured with another driver, library or kernel is refused until it is renewed here.
     """
@@ -115,6 +116,7 @@ def _show(done: Calibrated) -> None:
         caption=table.verdict(),
     )
     _show_predictions(done)
+    _show_kernels(done)
     facts = [
         (key, "not measured" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value))
         for key, value in done.certificate.items()
@@ -155,6 +157,26 @@ def _model_rows(done: Calibrated) -> Iterator[tuple[str, Cost, str]]:
         where = "prefill" if matmuls.phase == "prefill" else f"decode, {matmuls.rows} rows"
         for name, cost in (("full", matmuls.full), ("int8", matmuls.int8)):
             yield f"a layer's MatMuls, {name}, {where}", cost, "row and token"
+
+
+def _show_kernels(done: Calibrated) -> None:
+    """The int8 kernels that generation takes on this device, where any were to be chosen."""
+    from hestctl.cli import out
+
+    kernels, kind = done.table.kernels, done.table.kind
+    if kernels is None:
+        return
+    rows = [
+        (
+            shape,
+            choice["kernel"],
+            "-" if choice["joules"] is None else f"{choice['joules']:.3e}",
+            choice["why"],
+        )
+        for shape, choice in kernels["by_shape"].items()
+    ]
+    headers = ("rows, outputs, inputs", "kernel", f"J a product ({kind})", "why")
+    out.table("int8 kernels", headers, rows, left=2)
 
 
 def _show_predictions(done: Calibrated) -> None:

@@ -50,6 +50,8 @@ class EnergyTable:
 
     ``key`` is the text of a ``TableKey``: everything the figures depend on. ``model`` predicts whole
     generations; None where only the prices of directions were measured, on the way of a training.
+    ``kernels`` is the document of the int8 kernels chosen, with which all was measured; None where the
+    default one stands for all.
     """
 
     calibration_id: str
@@ -69,6 +71,7 @@ class EnergyTable:
     controller: Cost
     """Joules per token of the factorised controller."""
     model: EnergyModel | None = None
+    kernels: Mapping[str, Any] | None = None
 
     @property
     def int8_pays(self) -> bool:

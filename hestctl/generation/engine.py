@@ -21,6 +21,9 @@ from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters, applied
 
+Notes = dict[str, str | dict[str, str]]
+"""What an engine chose, by subject, and why."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generated:
@@ -44,6 +47,32 @@ class Generator:
         self.backbone = backbone
         self.adapters = adapters
         self.plan = plan
+        self._warm = False
+        adapter = "none" if adapters is None else "unfused: transformers' engine has no fused step"
+        self.notes: Notes = {"adapter": adapter, "kernels": "full precision: torch's own"}
+
+    def warm_up(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        batch_size: int,
+        new_tokens: int,
+        num_beams: int,
+        forced_length: bool = False,
+    ) -> int:
+        """Run the first batch unless one ran before: lazy initialisation. Returns how many batches ran."""
+        if self._warm:
+            return 0
+        first = rows[:batch_size]
+        self.generate(first, new_tokens=new_tokens, num_beams=num_beams, forced_length=forced_length)
+        return 1
+
+    def warm_up_labels(self, rows: Sequence[Encoded], *, batch_size: int) -> int:
+        """``warm_up`` for ``label_scores``."""
+        if self._warm:
+            return 0
+        self.label_scores(rows[:batch_size])
+        return 1
 
     @torch.inference_mode()
     def generate(
@@ -53,7 +82,7 @@ class Generator:
 
         ``forced_length`` makes it exactly that many: stop tokens cannot be chosen before.
         """
-        device = self.backbone.device
+        device, self._warm = self.backbone.device, True
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
@@ -78,7 +107,7 @@ class Generator:
     @torch.inference_mode()
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
         """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
-        device = self.backbone.device
+        device, self._warm = self.backbone.device, True
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         gates = self._gates(mask, mask.sum(1), 0, 1)

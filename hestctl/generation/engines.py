@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generated, Generator
+from hestctl.generation.engine import Generated, Generator, Notes
 from hestctl.generation.native import NativeGenerator, unsupported
 from hestctl.hardening.plan import Plan
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
 from hestctl.settings import BackbonePrecision, EngineName
@@ -24,6 +26,19 @@ class Engine(Protocol):
     backbone: Backbone
     adapters: SpectralAdapters | None
     plan: Plan | None
+    notes: Notes
+
+    def warm_up(
+        self,
+        rows: Sequence[Encoded],
+        *,
+        batch_size: int,
+        new_tokens: int,
+        num_beams: int,
+        forced_length: bool = False,
+    ) -> int: ...
+
+    def warm_up_labels(self, rows: Sequence[Encoded], *, batch_size: int) -> int: ...
 
     def generate(
         self, rows: Sequence[Encoded], *, new_tokens: int, num_beams: int, forced_length: bool = False
@@ -40,13 +55,32 @@ class Engine(Protocol):
         ...
 
 
-MakeEngine = Callable[[Backbone, SpectralAdapters | None, Plan | None], Engine]
+@dataclass(frozen=True, slots=True)
+class EngineKind:
+    """Which engine runs a backbone: ``make`` makes one.
+
+    ``reason`` says why it is not hestctl's own where it is not. ``choices`` are the int8 kernels that
+    ``calibrate`` found for this backbone on this device; None takes the default one.
+    """
+
+    name: str
+    reason: str | None
+    precision: BackbonePrecision = "full"
+    choices: Choices | None = None
+
+    def make(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> Engine:
+        """Raises HestError (usage) for a backbone that has changed so that the engine cannot run it."""
+        if self.name == Generator.engine:
+            return Generator(backbone, adapters, plan)
+        return NativeGenerator(backbone, adapters, plan, precision=self.precision, choices=self.choices)
+
+    def told(self, engine: Engine) -> dict[str, Any]:
+        """What was chosen, and why, for the record of a run that ``engine`` generates for."""
+        return {"name": self.name, "reason": self.reason, **engine.notes}
 
 
-def engine_for(
-    backbone: Backbone, wanted: EngineName, precision: BackbonePrecision
-) -> tuple[MakeEngine, str, str | None]:
-    """How engines are made for this backbone, their name, and why it is not hestctl's own where it is not.
+def engine_for(backbone: Backbone, wanted: EngineName, precision: BackbonePrecision) -> EngineKind:
+    """Which engine runs this backbone, with the default kernels.
 
     ``auto`` takes hestctl's own where it knows the model. Raises HestError (usage) where the engine that
     was asked for cannot run it, or cannot run it in int8.
@@ -56,17 +90,13 @@ def engine_for(
         raise HestError(
             f"hestctl's engine cannot run {backbone.name}: {reason}", "--engine transformers can", Exit.USAGE
         )
-    if wanted == "transformers" or reason is not None:
-        if precision == "int8":
-            why = reason or "--engine transformers was asked for"
-            raise HestError(
-                f"only hestctl's engine runs a backbone in int8: {why}",
-                "leave out --backbone-precision int8, or take --engine hestctl",
-                Exit.USAGE,
-            )
-        return Generator, Generator.engine, reason
-
-    def native(backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> Engine:
-        return NativeGenerator(backbone, adapters, plan, precision=precision)
-
-    return native, NativeGenerator.engine, None
+    if wanted != "transformers" and reason is None:
+        return EngineKind(NativeGenerator.engine, None, precision)
+    reason = reason or "--engine transformers was asked for"
+    if precision == "int8":
+        raise HestError(
+            f"only hestctl's engine runs a backbone in int8: {reason}",
+            "leave out --backbone-precision int8, or take --engine hestctl",
+            Exit.USAGE,
+        )
+    return EngineKind(Generator.engine, reason)

@@ -17,7 +17,7 @@ from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import Share, share_batch
 from hestctl.generation.engine import Generated
 from hestctl.generation.engines import Engine
-from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped
+from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped, within_memory
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.progress import Progress
 from hestctl.records import STATES, LayerUse, Sample, Window
@@ -44,7 +44,6 @@ def evaluate(
     labels: tuple[str, ...] = (),
     score: bool = True,
     forced_length: bool = False,
-    warm_up: bool = True,
     model: EnergyModel | None = None,
     precision: float | None = None,
     progress: Progress,
@@ -54,16 +53,26 @@ def evaluate(
 
     ``check`` is polled between batches and may raise Interrupted. ``score`` false leaves quality out
     (profile on synthetic prompts has no reference); ``forced_length`` generates exactly
-    ``settings.new_tokens``; ``warm_up`` runs the first batch once before the meter. ``model`` tells
-    prefill and decode apart, and predicts; ``precision`` repeats each batch until the meter's bound on
+    ``settings.new_tokens``. The engine warms up before the meter. ``model`` tells prefill and decode apart,
+    and predicts; ``precision`` repeats each batch until the meter's bound on
     its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token.
     """
     names: dict[int, str] = {}
     if labels:
         names = first_token_of_labels(label_answers(labels, generator.backbone.tokenizer))
     run = _runner(generator, settings, names, forced_length)
-    if warm_up:
-        run(rows[: settings.batch_size])  # pays for lazy initialisation: it is nobody's sample
+    with within_memory(rows, settings.batch_size):
+        # Compilation, capture and lazy initialisation are nobody's joules.
+        if names:
+            generator.warm_up_labels(rows, batch_size=settings.batch_size)
+        else:
+            generator.warm_up(
+                rows,
+                batch_size=settings.batch_size,
+                new_tokens=settings.new_tokens,
+                num_beams=settings.num_beams,
+                forced_length=forced_length,
+            )
     if precision is None:
         batches = telescoped(run, rows, settings.batch_size, meter, progress, check)
     else:

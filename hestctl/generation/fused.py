@@ -1,19 +1,27 @@
 """From trained adapters and a ledger to the fused adapter steps of decode.
 
-The prompt runs through ``HardPass``; ``FusedDecode.take`` then carries its purses and its log over to the
-kernels' registers, which go on with the new tokens.
+The prompt runs unfused; the kernels go on with its purses and its log, in the memory it wrote them to.
 
 Shape legend: W rows (Q requests x beams), T tokens, D hidden size, L layers, R directions, S = 3 states.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.hardening.ledger import Ledger
-from hestctl.kernels.adapter import AdapterStep, AdapterWeights, GateKind, Registers
+from hestctl.kernels.adapter import (
+    MOST_RANK,
+    MOST_WIDTH,
+    AdapterStep,
+    AdapterWeights,
+    GateKind,
+    Registers,
+)
 from hestctl.kernels.devices import why_no_triton
 from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import LinearGate, OrdinalGate, StaticGate
@@ -21,71 +29,85 @@ from hestctl.model.spectral import SpectralAdapters
 
 
 def why_not_fused(adapters: SpectralAdapters, device: torch.device) -> str | None:
-    """Why these adapters run unfused (``HardPass``) in decode; None where the fused kernel takes them."""
+    """Why these adapters run unfused in decode; None where the fused kernel takes them."""
+    gate, rank = adapters.gate, adapters.shape[2]
     if adapters.uses_int8:
-        return "int8 directions need the whole row's maximum before their product: they run unfused"
-    if not isinstance(adapters.gate, OrdinalGate | LinearGate | StaticGate):
-        return f"no fused kernel for {type(adapters.gate).__name__}"
+        return "int8 directions need the whole row's maximum before their product"
+    if not isinstance(gate, OrdinalGate | LinearGate | StaticGate):
+        return f"no fused kernel for {type(gate).__name__}"
+    width = gate.controller.token.shape[-1] if isinstance(gate, OrdinalGate) else 0
+    for what, value, most in (
+        ("directions", rank, MOST_RANK),
+        ("columns of the controller", width, MOST_WIDTH),
+    ):
+        if value > most:
+            return f"{value} {what}: the fused adapter takes at most {most}"
     return why_no_triton(device)
 
 
 class FusedDecode:
-    """The fused adapter steps of all layers (``steps[layer](h_W1D, real_W)``) and their registers.
+    """The fused adapter steps of all layers: ``steps[layer](h_W1D, real_W)``.
 
-    Made once for a number of requests and beams and kept: a captured graph holds its addresses.
-    ``order_LR`` is the ledger's order of directions, None where no ledger binds. ``dtype`` is the model's.
+    They go on wherever the prompt's pass ended, for they share its memory: the purses, incomes and tokens
+    served of ``ledger`` (None where none binds) and the log of states ``counts_LQS`` (int64, contiguous). So
+    log and ledger are right at all times, and a captured graph holds their addresses. ``weights`` are those
+    of ``fused_weights``.
     """
 
     def __init__(
         self,
-        adapters: SpectralAdapters,
-        dtype: torch.dtype,
-        order_LR: Tensor | None,
+        weights: Sequence[AdapterWeights],
+        ledger: Ledger | None,
+        counts_LQS: Tensor,
         *,
-        requests: int,
         beams: int,
         joined: bool | None = None,
     ) -> None:
-        layers, _, rank = adapters.shape
-        device = adapters.down.device
-        self.registers = Registers.zeros(layers, requests, device)
-        same = torch.arange(rank, device=device)
+        nothing_LQ = torch.zeros_like(counts_LQS[..., 0])
+        registers = Registers(
+            income_LQ=nothing_LQ if ledger is None else ledger.income_LQ,
+            purse_LQ=nothing_LQ if ledger is None else ledger.purse_LQ,
+            seen_LQ=nothing_LQ if ledger is None else ledger.seen_LQ,
+            counts_LQS=counts_LQS,
+        )
         self.steps = [
             AdapterStep(
-                _weights(adapters, layer, dtype, same if order_LR is None else order_LR[layer]),
-                self.registers,
-                layer,
-                beams=beams,
-                ledger=order_LR is not None,
-                joined=joined,
+                layer_weights, registers, layer, beams=beams, ledger=ledger is not None, joined=joined
             )
-            for layer in range(layers)
+            for layer, layer_weights in enumerate(weights)
         ]
-
-    def take(self, counts_QLS: Tensor, ledger: Ledger | None) -> None:
-        """Go on where the prompt's pass ended: its log of states, and its purses."""
-        self.registers.counts_LQS.copy_(counts_QLS.transpose(0, 1))
-        if ledger is not None:
-            self.registers.income_LQ.copy_(ledger.income_LQ)
-            self.registers.purse_LQ.copy_(ledger.purse_LQ)
-            self.registers.seen_LQ.copy_(ledger.seen_LQ)
-
-    def log(self) -> Tensor:
-        """The log of the states applied, prompt included, (Q, L, S)."""
-        return self.registers.counts_LQS.transpose(0, 1)
 
 
 @torch.no_grad()
-def _weights(adapters: SpectralAdapters, layer: int, dtype: torch.dtype, order_R: Tensor) -> AdapterWeights:
+def fused_weights(
+    adapters: SpectralAdapters, dtype: torch.dtype, order_LR: Tensor | None
+) -> list[AdapterWeights]:
+    """Every layer's adapter as the kernel takes it, in the model's type ``dtype``.
+
+    ``order_LR`` is the ledger's order of directions, None where no ledger binds. Raises TypeError for a gate
+    that ``why_not_fused`` has a reason against.
+    """
+    layers, _, rank = adapters.shape
+    same_R = torch.arange(rank, device=adapters.down.device)
+    shared = None
+    if isinstance(adapters.gate, OrdinalGate) and isinstance(adapters.gate.controller, FactorisedController):
+        shared = adapters.gate.controller.token.to(dtype).contiguous()  # once for all layers: caches keep it
+    return [
+        _weights(adapters, layer, dtype, same_R if order_LR is None else order_LR[layer], shared)
+        for layer in range(layers)
+    ]
+
+
+def _weights(
+    adapters: SpectralAdapters, layer: int, dtype: torch.dtype, order_R: Tensor, shared_DK: Tensor | None
+) -> AdapterWeights:
     gate = adapters.gate
     nothing = torch.zeros(1, device=adapters.down.device)
     kind: GateKind
     controller_DK, mix_K, gap_R, centre_spread = nothing, nothing, nothing, nothing
     if isinstance(gate, OrdinalGate):
-        factorised = isinstance(gate.controller, FactorisedController)
-        kind = "factorised" if factorised else "unfactorised"
-        token = gate.controller.token
-        controller_DK = token if factorised else token[layer]
+        kind = "unfactorised" if shared_DK is None else "factorised"
+        controller_DK = gate.controller.token[layer] if shared_DK is None else shared_DK
         mix_K = torch.ones_like(controller_DK[0])
         if isinstance(gate.controller, FactorisedController):
             mix_K = torch.sigmoid(gate.controller.layer[layer])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,7 +55,7 @@ def telescoped(
     for done in range(0, len(rows), size):
         check()
         part = rows[done : done + size]
-        outcomes.append((part, _within_memory(run, part)))
+        outcomes.append((part, _once(run, part)))
         edges.append(meter.edge())
         clock_s.append(time.perf_counter())
         progress.advance(
@@ -97,7 +98,7 @@ def replicated(
         last: list[Outcome] = []
 
         def work(part: Sequence[Encoded] = part, last: list[Outcome] = last) -> None:
-            last[:] = [_within_memory(run, part)]
+            last[:] = [_once(run, part)]
 
         found = replicate(
             work, meter, name=part[0].sample_id, phase="generation", precision=precision, check=check
@@ -121,15 +122,22 @@ def replicated(
     return batches
 
 
-def _within_memory(run: Run, part: Sequence[Encoded]) -> Outcome:
+@contextmanager
+def within_memory(rows: Sequence[Encoded], size: int) -> Iterator[None]:
+    """Raises HestError, naming what may fit, where a batch of ``size`` of these rows does not."""
     try:
-        return run(part)
+        yield
     except torch.OutOfMemoryError as error:
-        longest = max(len(row.prompt_ids) for row in part)
+        count, longest = min(size, len(rows)), max(len(row.prompt_ids) for row in rows)
         raise HestError(
-            f"out of memory generating {len(part)} prompts of up to {longest} tokens at once",
-            f"--set generation.batch_size={max(1, len(part) // 2)}, or fewer --num-beams",
+            f"out of memory generating {count} prompts of up to {longest} tokens at once",
+            f"--set generation.batch_size={max(1, count // 2)}, or fewer --num-beams",
         ) from error
+
+
+def _once(run: Run, part: Sequence[Encoded]) -> Outcome:
+    with within_memory(part, len(part)):
+        return run(part)
 
 
 def _since(meter: Meter, start_j: float | None) -> float | None:

@@ -66,12 +66,12 @@ class Ledger:
     integers. A token that is cut may leave less than one int8 direction unspent; what a block of
     positions left so comes back to the purse at its end, wherever chunks begin and end. Calls of one
     token keep their whole state on the device, so that a CUDA graph may hold them. The fused adapter of
-    decode takes over ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) where a prompt ends.
+    decode reads and writes ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) in their places.
     """
 
     def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
         self.income_LQ = income_LQ
-        self._order_LR = order_LR
+        self.order_LR = order_LR
         self._prices_S = tariff.prices(income_LQ.device)
         self._uses_int8 = uses_int8
         self.purse_LQ = torch.zeros_like(income_LQ)
@@ -133,7 +133,7 @@ class Ledger:
         walk_QN = start_Q1 + (income_QN - cost_QN).cumsum(1)
         left_QN = walk_QN - walk_QN.cummin(1).values.clamp(max=0)
         before_QN = torch.cat((start_Q1, left_QN[:, :-1]), 1) + income_QN
-        allowed_QNR = _trim(asked_QNR, before_QN, self._order_LR[layer], self._prices_S, self._uses_int8)
+        allowed_QNR = _trim(asked_QNR, before_QN, self.order_LR[layer], self._prices_S, self._uses_int8)
         spent_QN = self._prices_S[allowed_QNR].sum(-1)
         self._unspent_LQ[layer] += (before_QN - left_QN - spent_QN).sum(1)
         self.purse_LQ[layer] = left_QN[:, -1]

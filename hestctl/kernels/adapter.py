@@ -59,13 +59,6 @@ class Registers:
     seen_LQ: Tensor
     counts_LQS: Tensor
 
-    @classmethod
-    def zeros(cls, layers: int, requests: int, device: torch.device) -> Registers:
-        def make(*shape: int) -> Tensor:
-            return torch.zeros(layers, requests, *shape, dtype=torch.int64, device=device)
-
-        return cls(make(), make(), make(), make(3))
-
 
 class AdapterStep:
     """``step(h_W1D, real_W)``: one layer's ``h + delta(h)`` for one token a row, in place of ``HardPass``.

@@ -12,14 +12,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from itertools import pairwise
 from statistics import fmean, variance
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hestctl.kernels.int8 import Int8Linear
-from hestctl.kernels.products import DECODE_ROWS, Phase, candidates, phase_of, product, why_not
+from hestctl.kernels.int8 import DEFAULT_KERNEL, Int8Linear
+from hestctl.kernels.products import (
+    DECODE_KERNELS,
+    DECODE_ROWS,
+    Phase,
+    candidates,
+    phase_of,
+    product,
+    why_not,
+)
 from hestctl.kernels.reference import quantise_rows
 
 Measure = Callable[[Callable[[], object]], tuple[float | None, float]]
@@ -68,12 +78,12 @@ class Figure:
 @dataclass(frozen=True, slots=True)
 class Choice:
     """The kernel kept for a shape. ``measured`` holds every candidate's figures, ``unavailable`` the reasons
-    of those that could not run."""
+    of those that could not run. Nothing is measured where only one can: it has no figures then."""
 
     kernel: str
     joules: float | None
     error: float | None
-    seconds: float
+    seconds: float | None
     why: str
     measured: Mapping[str, Figure]
     unavailable: Mapping[str, str]
@@ -91,9 +101,35 @@ class Choices:
     device_name: str
     by_shape: Mapping[str, Choice]
 
-    def kernel(self, rows: int, outputs: int, inputs: int) -> str:
-        """The kernel for a shape. Raises KeyError for one that was never measured."""
-        return self.by_shape[Shape(rows, outputs, inputs).key].kernel
+    def kernels(self, outputs: int, inputs: int) -> dict[int, str]:
+        """The kernels of such weights, by the most rows that each serves; the last serves all beyond.
+
+        Rows between two measured counts go with the nearer by ratio, but decode with decode. Raises KeyError
+        for weights that were never measured.
+        """
+        found = self._measured(outputs, inputs)
+        ends = [
+            rows if rows == DECODE_ROWS else math.isqrt(rows * more)
+            for (rows, _), (more, _) in pairwise(found)
+        ]
+        return {end: choice.kernel for end, (_, choice) in zip([*ends, found[-1][0]], found, strict=True)}
+
+    def told(self, outputs: int, inputs: int) -> str:
+        """The kernels of such weights with their reasons, by the rows they were measured at. Errors alike."""
+        found = self._measured(outputs, inputs)
+        return "; ".join(f"{rows} rows: {choice.kernel} ({choice.why})" for rows, choice in found)
+
+    def _measured(self, outputs: int, inputs: int) -> list[tuple[int, Choice]]:
+        """Choices for such weights with the rows of their bucket, few rows first."""
+        weights = f" m{outputs} k{inputs}"
+        found = {
+            int(key.removesuffix(weights).rpartition(" n")[2]): choice
+            for key, choice in self.by_shape.items()
+            if key.endswith(weights)
+        }
+        if not found:
+            raise KeyError(f"no int8 kernel was ever measured for {outputs} outputs and {inputs} inputs")
+        return sorted(found.items(), key=lambda pair: pair[0])
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -111,25 +147,45 @@ def choose(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device, me
     """Measure every candidate of every shape on ``device``. ``dtype`` is the type of the results.
 
     A candidate is measured only after its result has equalled the reference. Candidates take turns, so
-    that a drift of the device falls on all of them alike.
+    that a drift of the device falls on all of them alike. Where one alone can run, nothing is measured.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Choices(name, {shape.key: _choose_one(shape, dtype, device, measure) for shape in shapes})
 
 
+def on_offer(device: torch.device) -> str:
+    """The libraries whose kernels are candidates on this device, with their versions."""
+    offered = [DEFAULT_KERNEL]
+    for package, name in (("torchao", "torchao.int_scaled_matmul"), ("triton", DECODE_KERNELS[0])):
+        if _why_not(name, device, 8, 8) is None:
+            offered.append(f"{package} {version(package)}")
+    return ", ".join(offered)
+
+
+def _why_not(name: str, device: torch.device, outputs: int, inputs: int) -> str | None:
+    reason = why_not(name, device, outputs, inputs)
+    if reason is None and name.startswith("triton.") and device.type != "cuda":
+        return "Triton's interpreter is for tests"
+    return reason
+
+
 def _choose_one(shape: Shape, dtype: torch.dtype, device: torch.device, measure: Measure) -> Choice:
-    unavailable: dict[str, str] = {}
-    runs: dict[str, tuple[Callable[[], object], int]] = {}
+    reasons = {name: _why_not(name, device, shape.outputs, shape.inputs) for name in candidates(shape.phase)}
+    able = [name for name, reason in reasons.items() if reason is None]
+    unavailable = {name: reason for name, reason in reasons.items() if reason is not None}
+    if len(able) == 1 and device.type != "cuda":
+        # Tests hold it to the reference; checking large shapes on a CPU takes minutes.
+        return _only(able[0], unavailable)
     inputs = _Inputs(shape, dtype, device)
-    for name in candidates(shape.phase):
-        reason = why_not(name, device, shape.outputs, shape.inputs) or inputs.wrong(name)
-        if reason is None:
-            runs[name] = inputs.run(name)
-        else:
+    for name in able:
+        reason = inputs.wrong(name)
+        if reason is not None:
             unavailable[name] = reason
-    if not runs:
-        # Said in the document: slow, but the same numbers.
-        runs["reference"] = inputs.run("reference")
+    # The reference serves where nothing else does: slow, but the same numbers, and said in the document.
+    names = [name for name in able if name not in unavailable] or ["reference"]
+    if len(names) == 1:
+        return _only(names[0], unavailable)
+    runs = {name: inputs.run(name) for name in names}
     readings: dict[str, list[tuple[float | None, float]]] = {name: [] for name in runs}
     for turn in range(_REPEATS):
         for name in sorted(runs, reverse=turn % 2 == 1):
@@ -139,6 +195,10 @@ def _choose_one(shape: Shape, dtype: torch.dtype, device: torch.device, measure:
     measured = _figures(readings)
     kernel, why = _most_frugal(measured)
     return Choice(kernel, **asdict(measured[kernel]), why=why, measured=measured, unavailable=unavailable)
+
+
+def _only(name: str, unavailable: Mapping[str, str]) -> Choice:
+    return Choice(name, None, None, None, "the only one that runs here", {}, unavailable)
 
 
 def _figures(readings: Mapping[str, list[tuple[float | None, float]]]) -> dict[str, Figure]:
@@ -158,8 +218,6 @@ def _figures(readings: Mapping[str, list[tuple[float | None, float]]]) -> dict[s
 def _most_frugal(measured: Mapping[str, Figure]) -> tuple[str, str]:
     """The name kept, and why in a sentence."""
     fastest = min(measured, key=lambda name: measured[name].seconds)
-    if len(measured) == 1:
-        return fastest, "the only one that runs here"
     energy = {name: f.joules for name, f in measured.items() if f.joules is not None and f.error is not None}
     if len(energy) < len(measured):
         return fastest, "the fastest: there were no joules to choose by"
@@ -183,7 +241,7 @@ class _Inputs:
         generator = torch.Generator(device).manual_seed(0)
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
         wanted = 2 * (cache or _CPU_CACHE_BYTES)
-        copies = min(_MOST_COPIES, -(-wanted // (shape.outputs * shape.inputs)))
+        self._copies = min(_MOST_COPIES, -(-wanted // (shape.outputs * shape.inputs)))
 
         def random(rows: int) -> Tensor:
             return torch.randn(rows, shape.inputs, generator=generator, device=device).to(dtype)
@@ -192,9 +250,7 @@ class _Inputs:
         self._device = device
         x_NK, scale_N1 = quantise_rows(random(shape.rows))
         self._x = x_NK, scale_N1[:, 0].contiguous()
-        first = Int8Linear([random(shape.outputs)], kernel="reference").weight
-        more = [replace(first, q_MK=first.q_MK.clone()) for _ in range(copies - 1)]
-        self._weights = [first, *more]
+        self._weights = [Int8Linear([random(shape.outputs)], kernel="reference").weight]
         self._expected = self._once("reference")
 
     def wrong(self, name: str) -> str | None:
@@ -212,6 +268,9 @@ class _Inputs:
         On CUDA it replays a graph: launches from Python would outweigh the products of decode.
         """
         multiply, (q_NK, scale_N) = product(name), self._x
+        first = self._weights[0]
+        while len(self._weights) < self._copies:
+            self._weights.append(replace(first, q_MK=first.q_MK.clone()))
 
         def all_copies() -> None:
             for weight in self._weights:

@@ -9,15 +9,28 @@ Shape legend: N rows (tokens), K inputs, M outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hestctl.kernels.products import Int8Weight, Phase, phase_of, product, why_not
+from hestctl.kernels.products import Int8Weight, Product, product, why_not
 from hestctl.kernels.reference import quantise_rows
 
 DEFAULT_KERNEL = "torch._int_mm"
 """What runs everywhere, until ``kernels.choose`` has found something more frugal."""
+
+Rows = tuple[Tensor, Tensor]
+"""Quantised rows: int8 values (N, K) and fp32 scales (N,)."""
+
+
+class Quantisers(NamedTuple):
+    """Our own quantisation of rows, alone and fused with what stands before; ``kernels.quantise_triton``."""
+
+    rows: Callable[[Tensor], Rows]
+    rms: Callable[[Tensor, Tensor, float], Rows]
+    add_rms: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    silu: Callable[[Tensor], Rows]
 
 
 class Int8Linear:
@@ -25,8 +38,9 @@ class Int8Linear:
 
     ``weights`` (each M_i x K) share their input, which is then quantised once for all of them; ``biases``
     are as many, each (M_i,) or None. Calling it with ``x`` (..., K) gives (..., sum of M_i) in the type of
-    ``x``. ``kernel`` names the product (``kernels.choose`` finds the most frugal), one for both phases or
-    one for each: up to 16 rows are decode. Raises ValueError where it cannot run on the weights' device.
+    ``x``. ``kernel`` names the product, or several by the most rows that each serves, the last of which
+    serves all beyond (``kernels.choose`` finds the most frugal). Raises ValueError where one cannot run on
+    the weights' device.
     """
 
     def __init__(
@@ -34,21 +48,21 @@ class Int8Linear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None] | None = None,
         *,
-        kernel: str | Mapping[Phase, str] = DEFAULT_KERNEL,
+        kernel: str | Mapping[int, str] = DEFAULT_KERNEL,
     ) -> None:
         q_MK, scale_M1 = quantise_rows(torch.cat([weight.detach() for weight in weights]))
         self.weight = Int8Weight(q_MK, scale_M1[:, 0].contiguous(), _cat_biases(weights, biases))
-        self.kernel = kernel
-        names: dict[Phase, str]
-        names = {"prefill": kernel, "decode": kernel} if isinstance(kernel, str) else dict(kernel)
-        for name in names.values():
+        named = sorted({0: kernel}.items() if isinstance(kernel, str) else kernel.items())
+        for _, name in named:
             reason = why_not(name, q_MK.device, *q_MK.shape)
             if reason is not None:
                 raise ValueError(f"{name} cannot run here: {reason}")
-        self._products = {phase: product(name) for phase, name in names.items()}
-        self.own = any(name.startswith("triton.") for name in names.values())
-        """True where activations are quantised by our own kernel too, and fused ones may stand before."""
-        self._quantise = _own_quantiser() if self.own else _plain_quantiser
+        self._up_to = tuple((most, product(name)) for most, name in named[:-1])
+        self._beyond: Product = product(named[-1][1])
+        own = any(name.startswith("triton.") for _, name in named)
+        self.own = _own_quantisers() if own else None
+        """Where a kernel is our own, activations are quantised by our own too; None elsewhere."""
+        self._quantise = _plain_quantiser if self.own is None else self.own.rows
 
     def __call__(self, x: Tensor) -> Tensor:
         q_NK, scale_N = self._quantise(x.reshape(-1, x.shape[-1]))
@@ -56,18 +70,23 @@ class Int8Linear:
 
     def scaled(self, q_NK: Tensor, scale_N: Tensor, dtype: torch.dtype) -> Tensor:
         """The layer for rows that are quantised already (by a kernel fused with what stands before)."""
-        return self._products[phase_of(q_NK.shape[0])](q_NK, scale_N, self.weight, dtype)
+        for most, run in self._up_to:
+            if q_NK.shape[0] <= most:
+                return run(q_NK, scale_N, self.weight, dtype)
+        return self._beyond(q_NK, scale_N, self.weight, dtype)
 
 
-def _plain_quantiser(x_NK: Tensor) -> tuple[Tensor, Tensor]:
+def _plain_quantiser(x_NK: Tensor) -> Rows:
     q_NK, scale_N1 = quantise_rows(x_NK)
     return q_NK, scale_N1[:, 0]
 
 
-def _own_quantiser() -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    from hestctl.kernels.quantise_triton import quantise_rows as quantise_rows_on_device
+def _own_quantisers() -> Quantisers:
+    from hestctl.kernels import quantise_triton as own
 
-    return quantise_rows_on_device
+    return Quantisers(
+        own.quantise_rows, own.rms_quantise_rows, own.add_rms_quantise_rows, own.silu_quantise_rows
+    )
 
 
 def _cat_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None] | None) -> Tensor | None:

@@ -13,6 +13,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -83,8 +84,9 @@ def why_not(name: str, device: torch.device, outputs: int, inputs: int) -> str |
     return "no such kernel"
 
 
+@cache
 def product(name: str) -> Product:
-    """The product of that name. Raises ValueError for a name that stands for none."""
+    """The product of that name, always the same one. Raises ValueError for a name that stands for none."""
     if name == "reference":
         return _reference
     if name == "torch._int_mm":

@@ -15,7 +15,7 @@ from hestctl.data.prompts import Encoded
 from hestctl.energy.meter import Meter
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engines import Engine, engine_for
+from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.hardening.harden import harden
 from hestctl.kernels.floors import DecoderShape, decode_floor_s, device_peak, prefill_floor_s
@@ -27,9 +27,10 @@ from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.metering import energy_table, open_meter
+from hestctl.workflows.engines import load_hardened, record_engine, with_kernels
+from hestctl.workflows.metering import energy_table, open_meter, stored_table
 from hestctl.workflows.profile import fits, grid, prompts_of
-from hestctl.workflows.setup import describe, load_data, load_hardened, new_tuner, read_inputs
+from hestctl.workflows.setup import describe, load_data, new_tuner, read_inputs
 from hestctl.workflows.summary import summarise
 
 
@@ -182,12 +183,21 @@ class _Bench:
         engines = {v.text: self._engine(v, prompts, num_beams) for v in variants}
         seen = {v.text: _Seen() for v in variants}
         for variant in variants:
+            record_engine(self.recorders[variant.text].run, *engines[variant.text])
             for new_tokens in (1, self.settings.profile.new_tokens):
-                self._generate(engines[variant.text], prompts[:batch_size], batch_size, num_beams, new_tokens)
+                engines[variant.text][1].warm_up(
+                    prompts,
+                    batch_size=batch_size,
+                    new_tokens=new_tokens,
+                    num_beams=num_beams,
+                    forced_length=True,
+                )
         for repeat in range(self.settings.profile.repeats):
             rows = prompts[repeat * batch_size : (repeat + 1) * batch_size]
             for variant in variants if repeat % 2 == 0 else reversed(variants):
-                self._visit(variant, engines[variant.text], rows, batch_size, num_beams, seen[variant.text])
+                self._visit(
+                    variant, engines[variant.text][1], rows, batch_size, num_beams, seen[variant.text]
+                )
         return [self._row(variant, seen[variant.text]) for variant in variants]
 
     def _visit(
@@ -238,7 +248,6 @@ class _Bench:
             split="profile",
             score=False,
             forced_length=True,
-            warm_up=False,
             precision=self.settings.profile.precision if metered and self.meter.bounded else None,
             progress=_Notes(self.progress),
             check=self._check,
@@ -248,22 +257,27 @@ class _Bench:
         for recorder in self.recorders.values():
             recorder.check()
 
-    def _engine(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> Engine:
+    def _engine(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> tuple[EngineKind, Engine]:
         s, backbone = variant.settings, self.backbone
-        make, _, _ = engine_for(backbone, s.generation.engine, s.backbone.precision)
+        kind = with_kernels(
+            engine_for(backbone, s.generation.engine, s.backbone.precision),
+            stored_table(s, backbone, self.meter, self.store, _Notes(self.progress)),
+        )
         if METHODS[variant.method].gate is None:
-            return make(backbone, None, None)
+            return kind, kind.make(backbone, None, None)
         trained = queries.latest_run(self.store, command="train", method=variant.method)
         if trained is not None and trained.summary.get("fingerprint") == backbone.fingerprint:
             self._tell(f"{variant.text}: adapters and plan of run {trained.run_id}")
-            return load_hardened(self.store, trained, backbone, self.meter.device_name, make)
+            return kind, load_hardened(self.store, trained, backbone, self.meter.device_name, kind)
         self._tell(
             f"{variant.text}: adapters as initialised"
             + (", hardened for each length" if METHODS[variant.method].budgeted else "")
         )
-        return self._untrained(variant, prompts, num_beams)
+        return kind, self._untrained(variant, kind, prompts, num_beams)
 
-    def _untrained(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> Engine:
+    def _untrained(
+        self, variant: Variant, kind: EngineKind, prompts: list[Encoded], num_beams: int
+    ) -> Engine:
         s, backbone = variant.settings, self.backbone
         recorder = self.recorders[variant.text]
         table = self._table(variant)
@@ -292,8 +306,7 @@ class _Bench:
             budget=budget,
             margin=s.budget.margin,
         )
-        make, _, _ = engine_for(backbone, s.generation.engine, s.backbone.precision)
-        return make(backbone, tuner.spectral, plan)
+        return kind.make(backbone, tuner.spectral, plan)
 
     def _table(self, variant: Variant) -> EnergyTable:
         recorder = self.recorders[variant.text]

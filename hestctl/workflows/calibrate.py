@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hestctl.calibration.figures import Target
 from hestctl.calibration.measure import Calibration, as_document, from_document, table_key
 from hestctl.energy.certificate import certify
 from hestctl.energy.check import MeterCheck, check_meter
@@ -21,6 +22,7 @@ from hestctl.energy.protocol import Counter, Unavailable
 from hestctl.energy.replay import recording as recording_trace
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError, Interrupted
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import load_backbone
 from hestctl.progress import Progress
 from hestctl.records import Run
@@ -29,8 +31,9 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import write_whole
 from hestctl.store.store import Store
-from hestctl.workflows.metering import find_counter, open_meter, record_table, settle, target_of
-from hestctl.workflows.setup import chosen_engine, describe
+from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
+from hestctl.workflows.metering import find_counter, open_meter, record_table, settle
+from hestctl.workflows.setup import describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class _Kept:
     certificate: dict[str, Any] | None = None
     check: dict[str, Any] | None = None
     figures: dict[str, Cost] = field(default_factory=dict)
+    kernels: Choices | None = None
 
     @classmethod
     def read(cls, folder: Path, key: str) -> _Kept:
@@ -67,7 +71,15 @@ class _Kept:
                 "leave out --resume to start afresh",
                 Exit.USAGE,
             )
-        return cls(path, key, document["certificate"], document["check"], from_document(document["figures"]))
+        kernels = document.get("kernels")
+        return cls(
+            path,
+            key,
+            document["certificate"],
+            document["check"],
+            from_document(document["figures"]),
+            None if kernels is None else Choices.from_dict(kernels),
+        )
 
     def save(self) -> None:
         write_whole(
@@ -78,12 +90,17 @@ class _Kept:
                     "certificate": self.certificate,
                     "check": self.check,
                     "figures": as_document(self.figures),
+                    "kernels": None if self.kernels is None else self.kernels.as_dict(),
                 }
             ),
         )
 
     def save_figures(self, figures: dict[str, Cost]) -> None:
         self.figures = figures
+        self.save()
+
+    def save_kernels(self, kernels: Choices) -> None:
+        self.kernels = kernels
         self.save()
 
 
@@ -112,8 +129,7 @@ def calibrate(
     try:
         with session as recorder:
             progress.note(f"run {recorder.run.run_id}")
-            chosen_engine(settings, backbone, progress)
-            target = target_of(settings, backbone)
+            target = Target(backbone, chosen_engine(settings, backbone, progress), settings.method)
             key = table_key(target, unopened)
             kept = _Kept.read(recorder.folder.path, key.text)
             # Before the meter opens: its own polling would spoil the check of what polling does.
@@ -135,8 +151,12 @@ def calibrate(
                     recorder.check,
                     found=kept.figures,
                     keep=kept.save_figures,
+                    choices=kept.kernels,
+                    keep_choices=kept.save_kernels,
                 ).full(settings.generation.num_beams)
             record_table(table, recorder, progress)
+            engine = with_kernels(target.engine, table)
+            record_engine(recorder.run, engine, engine.make(backbone, None, None))
     except Interrupted as error:
         error.hint = f"{error.hint}; the same command with --resume goes on"
         raise

@@ -40,7 +40,17 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> dict[str, dic
 def _device() -> dict[str, Any]:
     import torch
 
-    facts: dict[str, Any] = {"cpu_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()}
+    from hestctl.kernels.choose import on_offer
+    from hestctl.kernels.devices import why_no_triton
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    facts: dict[str, Any] = {
+        "cpu_threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "int8_kernels": on_offer(device),
+        "own_kernels": why_no_triton(device) or "usable",
+    }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         facts |= {

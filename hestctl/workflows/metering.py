@@ -112,9 +112,8 @@ def energy_table(
 
 def target_of(settings: Settings, backbone: Backbone) -> Target:
     """What these settings calibrate and run. Raises HestError (usage) for an engine that cannot run it."""
-    precision = settings.backbone.precision
-    make, engine, _ = engine_for(backbone, settings.generation.engine, precision)
-    return Target(backbone, precision, engine, make, settings.method)
+    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    return Target(backbone, engine, settings.method)
 
 
 def stored_table(

@@ -18,8 +18,9 @@ from hestctl.runs import new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
+from hestctl.workflows.engines import chosen_engine, load_hardened, record_engine, with_kernels
 from hestctl.workflows.metering import calibrate_command, open_meter, stored_table
-from hestctl.workflows.setup import chosen_engine, describe, load_data, load_hardened, read_inputs
+from hestctl.workflows.setup import describe, load_data, read_inputs
 from hestctl.workflows.summary import summarise
 
 
@@ -84,11 +85,14 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
     backbone = load_backbone(settings.backbone, progress=progress.note)
     fits(backbone, p.seq_len + p.new_tokens)
     data = load_data(settings, splits, backbone, progress, needed=("test",))
-    make_engine = chosen_engine(settings, backbone, progress)
+    kind = chosen_engine(settings, backbone, progress)
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
-        generator = make_engine(backbone, None, None)
-        if hardened is not None:
-            generator = load_hardened(store, hardened, backbone, meter.device_name, make_engine)
+        table = stored_table(settings, backbone, meter, store, progress)
+        kind = with_kernels(kind, table)
+        if hardened is None:
+            generator = kind.make(backbone, None, None)
+        else:
+            generator = load_hardened(store, hardened, backbone, meter.device_name, kind)
         row = replace(
             describe(settings, backbone, meter, data),
             run_id=new_run_id("profile", hardened.method if hardened else "base"),
@@ -98,7 +102,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
             max_new_tokens=p.new_tokens,
             emax_j=generator.plan.emax_j if generator.plan else None,
         )
-        table = stored_table(settings, backbone, meter, store, progress)
+        record_engine(row, kind, generator)
         model = None if table is None else table.model
         row.calibration_id = None if table is None else table.calibration_id
         if model is None and meter.kind != "none":
@@ -109,7 +113,6 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
             progress.note(f"joules are {meter.kind} and have no error bound: every sample runs once")
         with recording(store, row) as recorder:
             samples: list[Sample] = []
-            warm = True
             for batch_size, length in grid(settings):
                 rows = prompts_of(data.test, length, batch_size * p.repeats)
                 asked = GenerationSettings(
@@ -125,13 +128,11 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
                     split="profile",
                     score=False,
                     forced_length=True,
-                    warm_up=warm,
                     model=model,
                     precision=p.precision if meter.bounded else None,
                     progress=progress,
                     check=recorder.check,
                 )
-                warm = False
                 samples += result.samples
                 for sample in result.samples:
                     recorder.sample(sample)

@@ -21,13 +21,12 @@ from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
-from hestctl.workflows.metering import open_meter
+from hestctl.workflows.engines import chosen_engine, load_hardened, record_engine, with_kernels
+from hestctl.workflows.metering import open_meter, stored_table
 from hestctl.workflows.setup import (
-    chosen_engine,
     describe,
     find_reference,
     load_data,
-    load_hardened,
     read_inputs,
 )
 from hestctl.workflows.summary import summarise
@@ -163,8 +162,10 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
                 Exit.USAGE,
             )
         run = queries.get_run(store, reference.run_id)
-        make_engine = chosen_engine(s, backbone, progress)
-        generator = load_hardened(store, run, backbone, meter.device_name, make_engine)
+        table = stored_table(s, backbone, meter, store, progress)
+        kind = with_kernels(chosen_engine(s, backbone, progress), table)
+        generator = load_hardened(store, run, backbone, meter.device_name, kind)
+        record_engine(row, kind, generator)
         result = evaluate(
             generator,
             data.validation,

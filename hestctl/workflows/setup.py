@@ -11,9 +11,9 @@ from hestctl.data.prompts import Encoded, encode
 from hestctl.energy.meter import Meter
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engines import Engine, MakeEngine, engine_for
+from hestctl.generation.engines import engine_for
 from hestctl.hardening.harden import harden
-from hestctl.hardening.plan import Plan, read_plan
+from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
 from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
@@ -21,9 +21,9 @@ from hestctl.records import Run
 from hestctl.runs import Recorder, new_run_id, versions
 from hestctl.settings import MethodSettings, Settings
 from hestctl.store import queries
-from hestctl.store.folder import RunFolder, now
+from hestctl.store.folder import now
 from hestctl.store.store import Store
-from hestctl.training.checkpoint import load_tensors, save_tensors
+from hestctl.training.checkpoint import save_tensors
 from hestctl.workflows.metering import find_counter
 
 ADAPTER_FILE = "adapter.safetensors"
@@ -111,7 +111,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
     method = settings.method
     spec = METHODS[method.name]
     ordinal = spec.gate == "ordinal"
-    _, engine, _ = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
     return Run(
         run_id=new_run_id("train", method.name),
         command="train",
@@ -127,7 +127,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
         dataset=None if data is None else data.splits.name,
         data_hash=None if data is None else data.identity,
         dtype=str(backbone.dtype).removeprefix("torch."),
-        engine=engine,
+        engine=engine.name,
         num_beams=settings.generation.num_beams,
         batch_size=settings.generation.batch_size,
         max_new_tokens=settings.generation.new_tokens,
@@ -309,35 +309,3 @@ def harden_into(
         metadata = {"plan": "" if plan is None else plan.run_id}
         save_tensors(recorder.folder.path / HARDENED_FILE, tuner.state(), metadata)
     return plan
-
-
-def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> MakeEngine:
-    """How this run's engines are made; told where it is not hestctl's own. Raises HestError (usage)."""
-    make, name, reason = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
-    told = "" if settings.backbone.precision == "full" else ", the backbone's MatMuls in int8"
-    progress.note(f"engine: {name}{told}" + (f" ({reason})" if reason else ""))
-    return make
-
-
-def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str, make: MakeEngine) -> Engine:
-    """The engine of a finished run, its adapters exactly as they were hardened.
-
-    Raises HestError when the files are missing or damaged, or were made for another backbone.
-    """
-    folder = RunFolder(store.root, run.run_id).path
-    settings = MethodSettings.model_validate(run.settings["method"])
-    if run.summary.get("fingerprint") != backbone.fingerprint:
-        raise HestError(
-            f"run {run.run_id} was trained on another backbone ({run.backbone}, not {backbone.name})",
-            "name the backbone it was trained on with --backbone",
-            Exit.USAGE,
-        )
-    plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
-    if plan is not None:
-        plan.check(backbone.fingerprint, device_name)
-    states = (0, 1, 2) if plan is not None and plan.uses_int8 else (0, 2)
-    tuner = new_tuner(settings, backbone, states, 0)
-    if METHODS[settings.name].trained:
-        tuner.load(load_tensors(folder / HARDENED_FILE))
-    tuner.finish()
-    return make(backbone, tuner.spectral, plan)

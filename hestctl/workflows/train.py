@@ -14,7 +14,7 @@ from hestctl.energy.model import EnergyModel
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError, Interrupted
 from hestctl.generation.engine import Generator
-from hestctl.generation.engines import Engine, MakeEngine
+from hestctl.generation.engines import Engine, EngineKind
 from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
 from hestctl.model.backbone import Backbone, load_backbone
@@ -35,13 +35,13 @@ from hestctl.training.checkpoint import (
     save_tensors,
 )
 from hestctl.training.loop import Trainer
+from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     Data,
     budget_of,
     check_reference,
-    chosen_engine,
     describe,
     harden_into,
     load_data,
@@ -79,7 +79,7 @@ def train(
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
     data = load_data(settings, splits, backbone, progress)
-    make_engine = chosen_engine(settings, backbone, progress)
+    engine = chosen_engine(settings, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
         changed = _changes(old, settings, data, force=resuming.force)
@@ -106,9 +106,7 @@ def train(
             with session as recorder:
                 progress.note(f"run {run.run_id}")
                 resumed = None if changed else old
-                _Work(
-                    settings, store, backbone, data, meter, recorder, progress, make_engine, resumed
-                ).run_all()
+                _Work(settings, store, backbone, data, meter, recorder, progress, engine, resumed).run_all()
         except Interrupted as error:
             if trial_of is None:
                 error.hint = f"{error.hint}; the same command with --resume goes on"
@@ -127,7 +125,7 @@ class _Work:
     meter: Meter
     recorder: Recorder
     progress: Progress
-    make_engine: MakeEngine
+    engine: EngineKind
     resumed: Run | None
     """The run as it was interrupted, where this one goes on with its very settings."""
     saved: tuple[int, int] | None = None
@@ -153,7 +151,10 @@ class _Work:
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
-        self._evaluate(self.make_engine(self.backbone, tuner.spectral, plan), table.model)
+        kind = with_kernels(self.engine, table)
+        engine = kind.make(self.backbone, tuner.spectral, plan)
+        record_engine(run, kind, engine)
+        self._evaluate(engine, table.model)
 
     def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
         s, run = self.settings, self.recorder.run

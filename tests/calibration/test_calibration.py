@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from bisect import bisect_right
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from hestctl.calibration import measure
-from hestctl.calibration.figures import Figure, Target, Work
+from hestctl.calibration.figures import Figure, Target, Work, layer_weights
 from hestctl.calibration.measure import Calibration, table_key
 from hestctl.energy.conditions import Conditions
 from hestctl.energy.fake import FakeClock
@@ -19,7 +20,8 @@ from hestctl.energy.model import PhaseJoules
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generator
+from hestctl.generation.engines import EngineKind
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone, tiny_backbone
 from hestctl.records import EnergyKind
 from hestctl.settings import EnergySettings, MethodSettings
@@ -132,7 +134,7 @@ def board(monkeypatch: pytest.MonkeyPatch) -> Board:
 
 
 def target(backbone: Backbone, **method: object) -> Target:
-    return Target(backbone, "full", "transformers", Generator, MethodSettings(**method))
+    return Target(backbone, EngineKind("transformers", None), MethodSettings(**method))
 
 
 def calibrated(board: Board, meter: Meter, found: dict[str, measure.Cost] | None = None) -> EnergyTable:
@@ -190,6 +192,48 @@ def test_what_was_found_before_is_not_measured_again(board: Board) -> None:
         assert board.clock() == before_s
     assert again.model == table.model
     assert (again.full, again.int8, again.controller) == (table.full, table.int8, table.controller)
+
+
+def test_kernels_are_chosen_where_int8_runs_and_cost_nothing_where_one_alone_can(
+    board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    backbone = tiny_backbone()
+    kept: list[Choices] = []
+    with Meter(board, clock=board.clock, pace=board.clock) as meter:
+        calibration = Calibration(
+            Target(backbone, EngineKind("hestctl", None, "int8"), MethodSettings()),
+            EnergySettings(lengths=LENGTHS),
+            meter,
+            Quiet(),
+            lambda: None,
+            keep_choices=kept.append,
+        )
+        before_s = board.clock()
+        calibration._choose([2])
+        assert board.clock() == before_s
+        table = calibration.full(2)
+    assert table.kernels is not None
+    # Four products, each at decode and at two lengths of prompts.
+    assert len(kept) == len(table.kernels["by_shape"]) == 12
+    read = EnergyTable.from_dict(json.loads(json.dumps(table.as_dict())))
+    assert read == table
+    choices = Choices.from_dict(read.kernels or {})
+    assert choices == kept[-1]
+    for part in layer_weights(backbone.layers[0]):
+        kernels = choices.kernels(sum(len(weight) for weight in part), part[0].shape[1])
+        assert set(kernels.values()) == {"torch._int_mm"}
+    note = EngineKind("hestctl", None, "int8", choices).make(backbone, None, None).notes["kernels"]
+    assert isinstance(note, dict)
+    assert {"the only one that runs here" in told for told in note.values()} == {True}
+
+
+def test_a_table_from_before_kernels_were_chosen_loads(board: Board) -> None:
+    with Meter(board, clock=board.clock, pace=board.clock) as meter:
+        table = calibrated(board, meter)
+    document = table.as_dict()
+    assert document.pop("kernels") is None
+    assert EnergyTable.from_dict(document) == table
 
 
 def test_a_counter_that_is_lost_ends_it_with_the_way_to_go_on(board: Board) -> None:

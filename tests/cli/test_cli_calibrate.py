@@ -97,6 +97,27 @@ def test_profile_predicts_and_tells_the_phases_apart(calibrated: Study) -> None:
     assert all(sample["predicted_j"] > 0 for sample in samples)
 
 
+def test_chosen_kernels_are_what_generation_takes_and_its_record_says(copied: Study) -> None:
+    int8 = ("--backbone-precision", "int8")
+    before = run_cli(copied.folder, *PROFILE, *int8).document
+    calibrated = run_cli(copied.folder, *CALIBRATE, *int8).document
+    after = run_cli(copied.folder, *PROFILE, *int8).document
+    engines = [
+        run_cli(copied.folder, "runs", "show", document["run_id"], "--json").document["summary"]["engine"]
+        for document in (before, calibrated, after)
+    ]
+    assert {(engine["name"], engine["reason"]) for engine in engines} == {("hestctl", None)}
+    assert engines[0]["kernels"] == "default: not calibrated"
+    assert engines[1]["kernels"] == engines[2]["kernels"]
+    assert set(calibrated["table"]["kernels"]["by_shape"]) >= {"decode n16 m64 k64", "prefill n4096 m64 k64"}
+    assert "16 rows: torch._int_mm (the only one that runs here)" in engines[2]["kernels"]["64x64"]
+    assert engines[2]["adapter"].startswith("unfused: ")
+    shown = run_cli(copied.folder, "runs", "show", after["run_id"])
+    assert "summary.engine.adapter" in shown.out
+    (folder,) = copied.folder.glob("runs/calibrate-*")
+    assert json.loads((folder / "measured.json").read_text())["kernels"] == calibrated["table"]["kernels"]
+
+
 def test_a_batch_that_was_not_calibrated_is_not_predicted(calibrated: Study) -> None:
     document = run_cli(calibrated.folder, *PROFILE, "--batch-size", "2").document
     assert all(point["predicted_j_per_sample"] is None for point in document["points"])
@@ -115,7 +136,7 @@ def test_without_a_calibration_profile_says_what_to_type(copied: Study) -> None:
 def test_a_stale_table_is_refused_until_it_is_renewed(
     calibrated: Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(measure, "DEFAULT_KERNEL", "another kernel")
+    monkeypatch.setattr(measure, "on_offer", lambda device: "another kernel")
     for command in (PROFILE, ("train", "--method", "tabs", *TRIAL, "-q"), ("harden", "-q")):
         outcome = run_cli(calibrated.folder, *command)
         assert outcome.code == Exit.USAGE, outcome.err

@@ -13,25 +13,26 @@ from hestctl.model.backbone import Backbone
 
 def test_hestctls_own_engine_serves_a_model_it_knows(backbone: Backbone) -> None:
     for wanted in ("auto", "hestctl"):
-        make, name, reason = engine_for(backbone, wanted, "int8")  # type: ignore[arg-type]
-        engine = make(backbone, None, None)
+        kind = engine_for(backbone, wanted, "int8")  # type: ignore[arg-type]
+        engine = kind.make(backbone, None, None)
         assert isinstance(engine, NativeGenerator)
-        assert (engine.precision, engine.engine, name, reason) == ("int8", "hestctl", "hestctl", None)
+        assert (engine.precision, engine.engine) == ("int8", "hestctl")
+        assert (kind.name, kind.reason) == ("hestctl", None)
 
 
 def test_the_reference_serves_where_it_is_asked_for(backbone: Backbone) -> None:
-    make, name, reason = engine_for(backbone, "transformers", "full")
-    assert isinstance(make(backbone, None, None), Generator)
-    assert (name, reason) == ("transformers", None)
+    kind = engine_for(backbone, "transformers", "full")
+    assert isinstance(kind.make(backbone, None, None), Generator)
+    assert (kind.name, kind.reason) == ("transformers", "--engine transformers was asked for")
 
 
 def test_a_model_it_does_not_know_goes_to_the_reference_with_the_reason(backbone: Backbone) -> None:
     backbone.model.config.hidden_act = "gelu"
-    make, name, reason = engine_for(backbone, "auto", "full")
-    assert isinstance(make(backbone, None, None), Generator)
-    assert name == "transformers"
-    assert reason is not None
-    assert "gelu" in reason
+    kind = engine_for(backbone, "auto", "full")
+    assert isinstance(kind.make(backbone, None, None), Generator)
+    assert kind.name == "transformers"
+    assert kind.reason is not None
+    assert "gelu" in kind.reason
     for wanted, precision, says in (
         ("hestctl", "full", "cannot run tiny: the model's activation is gelu"),
         ("auto", "int8", "only hestctl's engine runs a backbone in int8: the model's activation is gelu"),

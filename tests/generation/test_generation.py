@@ -10,6 +10,7 @@ from hestctl.energy.meter import Meter
 from hestctl.errors import HestError
 from hestctl.generation.engine import Generator
 from hestctl.generation.evaluate import evaluate
+from hestctl.generation.native import NativeGenerator
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.model.methods import build_tuner
 from hestctl.settings import GenerationSettings, MethodSettings
@@ -24,9 +25,11 @@ class Silent:
         pass
 
 
-def run(generator, rows, meter, **asked):
+def run(generator, rows, meter, labels=(), **asked):
     settings = GenerationSettings(**{"new_tokens": 5, **asked})
-    return evaluate(generator, rows, settings, meter, split="test", progress=Silent(), check=lambda: None)
+    return evaluate(
+        generator, rows, settings, meter, split="test", labels=labels, progress=Silent(), check=lambda: None
+    )
 
 
 def test_greedy_tokens_are_those_of_transformers(backbone, samples):
@@ -96,6 +99,27 @@ def test_every_sample_is_recorded_and_joules_add_up(batch_size, backbone, sample
     assert sum(use.count for use in result.layer_use) == sum(
         s.directions_off + s.directions_int8 + s.directions_full for s in result.samples
     )
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+@pytest.mark.parametrize("labels", [(), ("yes", "no")])
+def test_an_engine_warms_up_before_the_meter_reads(kind, labels, backbone, samples, monkeypatch):
+    engine, order = kind(backbone, None, None), []
+    meter = Meter(Unavailable("no counter here"))
+    for owner, name in ((engine, "generate"), (engine, "label_scores"), (meter, "edge")):
+        real = getattr(owner, name)
+
+        def told(*arguments, name=name, real=real, **options):
+            order.append(name)
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, told)
+    work = "label_scores" if labels else "generate"
+    with meter:
+        for warm in ([work], []):
+            order.clear()
+            run(engine, samples(1), meter, labels=labels)
+            assert order == [*warm, "edge", work, "edge"]
 
 
 def test_without_a_meter_joules_are_none_with_the_reason(backbone, samples):

@@ -73,7 +73,7 @@ def test_generating_holds_no_second_copy_of_the_weights(backbone, samples):
         storages = {
             x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()
             for x in gc.get_objects()
-            if isinstance(x, torch.Tensor)
+            if type(x) in (torch.Tensor, torch.nn.Parameter)
         }
         return sum(storages.values())
 
@@ -220,12 +220,14 @@ def test_warming_up_makes_every_session_and_one_cache(backbone, samples):
     engine = NativeGenerator(backbone, *adapted("hest", backbone, rows), static=True)
     asked = {"new_tokens": NEW, "num_beams": 2}
     assert engine.warm_up(rows, batch_size=2, **asked) == 2
+    assert engine.warm_up(rows, batch_size=2, **asked) == 0
     made, memory = dict(engine._sessions), engine._memory.data_ptr()
     results = [engine.generate(rows[start : start + 2], **asked) for start in (0, 2, 4)]
     assert engine._sessions == made
     assert engine._memory.data_ptr() == memory
     fresh = NativeGenerator(backbone, engine.adapters, engine.plan)
     assert fresh.warm_up(rows, batch_size=2, **asked) == 1
+    assert fresh.warm_up(rows, batch_size=2, **asked) == 0
     assert [fresh.generate(rows[start : start + 2], **asked).new_ids for start in (0, 2, 4)] == [
         result.new_ids for result in results
     ]

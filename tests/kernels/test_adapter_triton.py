@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hestctl.generation.fused import FusedDecode, why_not_fused
+from hestctl.generation.fused import FusedDecode, fused_weights, why_not_fused
 from hestctl.generation.hardpass import HardPass
 from hestctl.hardening.ledger import Ledger, Tariff, incomes
 from hestctl.model.controller import FactorisedController, UnfactorisedController
@@ -54,6 +54,10 @@ def make_ledger(ratio, work, rank, seed):
     return lambda: Ledger(income, order, tariff, uses_int8=False), order
 
 
+def empty_log(requests):
+    return torch.zeros(LAYERS, requests, 3, dtype=torch.int64, device=DEVICE)
+
+
 def near_a_threshold(adapters, layer, h_WD):
     """Rows (W,) where rounding could turn a gate."""
     gate, x = adapters.gate, normalise(h_WD)[:, None]
@@ -94,7 +98,7 @@ def side_by_side(
     dtype=torch.float32,
     joined=None,
 ):
-    """Prompts of ``lengths`` through HardPass, then ``tokens`` new tokens both ways; the fused decode."""
+    """Prompts of ``lengths`` through HardPass, then ``tokens`` new tokens both ways; the log (L, Q, S)."""
     adapters = make_adapters(gate, hidden, rank, width, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     requests, rows, longest = len(lengths), len(lengths) * beams, max(lengths)
@@ -110,8 +114,9 @@ def side_by_side(
     for layer in range(LAYERS):
         oracle(layer, prompt_WTD)
         prompt(layer, prompt_WTD)
-    fused = FusedDecode(adapters, dtype, order, requests=requests, beams=beams, joined=joined)
-    fused.take(prompt.counts_QLS, prompt_ledger)
+    log_LQS = prompt.counts_QLS.transpose(0, 1).contiguous()
+    weights = fused_weights(adapters, dtype, order)
+    fused = FusedDecode(weights, prompt_ledger, log_LQS, beams=beams, joined=joined)
     real_W = torch.ones(rows, dtype=torch.bool, device=DEVICE)
     for _ in range(tokens):
         h_WLD = draw_hidden(adapters, rows, generator, dtype)
@@ -120,11 +125,11 @@ def side_by_side(
             expected, y = oracle(layer, h_W1D), fused.steps[layer](h_W1D, real_W)
             # The values show which directions ran; the log, how many.
             torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-            assert torch.equal(fused.log()[:, layer], oracle.counts_QLS[:, layer])
+            assert torch.equal(log_LQS[layer], oracle.counts_QLS[:, layer])
     if oracle_ledger is not None:
-        assert torch.equal(fused.registers.purse_LQ, oracle_ledger.purse_LQ)
-        assert torch.equal(fused.registers.seen_LQ, oracle_ledger.seen_LQ)
-    return fused
+        assert torch.equal(prompt_ledger.purse_LQ, oracle_ledger.purse_LQ)
+        assert torch.equal(prompt_ledger.seen_LQ, oracle_ledger.seen_LQ)
+    return log_LQS
 
 
 @pytest.mark.parametrize("gate", ["factorised", "unfactorised", "linear", "static"])
@@ -150,8 +155,7 @@ def test_every_size(hidden, rank, width, beams, lengths):
 
 
 def test_a_long_sequence_never_drifts():
-    fused = side_by_side("factorised", hidden=48, rank=8, beams=2, lengths=(9, 4), tokens=50, seed=5)
-    log = fused.log()
+    log = side_by_side("factorised", hidden=48, rank=8, beams=2, lengths=(9, 4), tokens=50, seed=5)
     assert log[..., FULL].sum() <= 0.3 * log.sum() < log[..., OFF].sum()
 
 
@@ -177,16 +181,15 @@ def test_one_launch_equals_two(beams):
     sizes = {"hidden": 4096, "rank": 16, "width": 32, "beams": beams, "lengths": (5, 3, 2, 4), "tokens": 20}
     joined = side_by_side("factorised", **sizes, joined=True)
     split = side_by_side("factorised", **sizes, joined=False)
-    assert torch.equal(joined.log(), split.log())
+    assert torch.equal(joined, split)
 
 
 @torch.no_grad()
 def test_rows_that_are_not_real_spend_nothing():
     adapters = make_adapters("static", 40, 6, 8, 0)
     make, order = make_ledger(0.3, [8, 8], 6, 0)
-    fused = FusedDecode(adapters, torch.float32, order, requests=2, beams=2)
-    ledger = make()
-    fused.take(torch.zeros(2, LAYERS, 3, dtype=torch.int64), ledger)
+    ledger, mine, log_LQS = make(), make(), empty_log(2)
+    fused = FusedDecode(fused_weights(adapters, torch.float32, order), mine, log_LQS, beams=2)
     h_W1D = torch.randn(4, 1, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     real_W = torch.tensor([True, False, False, False], device=DEVICE)
     for _ in range(3):
@@ -194,9 +197,9 @@ def test_rows_that_are_not_real_spend_nothing():
         asked = adapters.gate.decide(h_W1D, 0)
         allowed = ledger.allow(0, asked, real_W[:, None])
         assert torch.equal(out[1:], h_W1D[1:])
-    assert fused.log()[:, 0].sum(-1).tolist() == [3 * 6, 0]
-    assert torch.equal(fused.registers.purse_LQ, ledger.purse_LQ)
-    assert fused.registers.seen_LQ[0].tolist() == [3, 0]
+    assert log_LQS[0].sum(-1).tolist() == [3 * 6, 0]
+    assert torch.equal(mine.purse_LQ, ledger.purse_LQ)
+    assert mine.seen_LQ[0].tolist() == [3, 0]
     assert (allowed[1:] == OFF).all()
 
 
@@ -205,15 +208,19 @@ def test_what_the_kernel_does_not_take_is_said():
     assert why_not_fused(adapters, DEVICE) is None
     adapters.uses_int8 = True
     assert "int8 directions" in why_not_fused(adapters, DEVICE)
+    wide = make_adapters("factorised", 40, 6, 200, 0)
+    assert "200 columns" in why_not_fused(wide, DEVICE)
     with pytest.raises(ValueError, match="200 columns"):
-        FusedDecode(make_adapters("factorised", 40, 6, 200, 0), torch.float32, None, requests=1, beams=1)
+        FusedDecode(fused_weights(wide, torch.float32, None), None, empty_log(1), beams=1)
+    assert "65 directions" in why_not_fused(make_adapters("linear", 80, 65, 1, 0), DEVICE)
 
 
 @torch.no_grad()
 def test_layers_share_one_compiled_graph_and_keep_their_own_registers():
     adapters = make_adapters("factorised", 64, 6, 8, 0)
-    plain = FusedDecode(adapters, torch.float32, None, requests=2, beams=1)
-    compiled = FusedDecode(adapters, torch.float32, None, requests=2, beams=1)
+    weights = fused_weights(adapters, torch.float32, None)
+    logs = empty_log(2), empty_log(2)
+    plain, compiled = (FusedDecode(weights, None, log_LQS, beams=1) for log_LQS in logs)
     graphs = []
 
     def backend(graph, inputs):
@@ -237,5 +244,5 @@ def test_layers_share_one_compiled_graph_and_keep_their_own_registers():
         h = torch.randn(2, 1, 64, generator=generator).to(DEVICE)
         for layer, step in zip(layers, plain.steps, strict=True):
             torch.testing.assert_close(layer(h, real), step(h * 2, real) * 0.5)
-    assert torch.equal(compiled.log(), plain.log())
+    assert torch.equal(*logs)
     assert len(graphs) == 1

@@ -71,19 +71,40 @@ def test_a_product_that_differs_from_the_reference_is_never_chosen(three_kernels
 def test_what_is_not_there_is_in_the_document_with_its_reason(monkeypatch):
     monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: None)
     shapes = [SHAPE, Shape(64, 16, 24)]
-    found = choose(shapes, torch.float32, CPU, lambda run: (None, 1.0))
+    found = choose(shapes, torch.float32, CPU, lambda run: pytest.fail("there is nothing to measure"))
     for shape in shapes:
         choice = found.by_shape[shape.key]
         assert choice.kernel == "torch._int_mm"
         assert choice.why == "the only one that runs here"
+        assert (choice.joules, choice.seconds, choice.measured) == (None, None, {})
         assert choice.unavailable["torchao.int_scaled_matmul"] == "torchao is not installed"
         own = [reason for name, reason in choice.unavailable.items() if name.startswith("triton.")]
         assert own and set(own) == {"triton is not installed"}
     document = json.loads(json.dumps(found.as_dict()))
     assert Choices.from_dict(document) == found
-    assert found.kernel(3, 16, 24) == "torch._int_mm"
-    with pytest.raises(KeyError):
-        found.kernel(3, 16, 25)
+    assert found.kernels(16, 24) == {16: "torch._int_mm", 64: "torch._int_mm"}
+    with pytest.raises(KeyError, match="16 outputs and 25 inputs"):
+        found.kernels(16, 25)
+
+
+def test_kernels_serve_the_rows_nearest_to_those_they_were_measured_at():
+    def chosen(name):
+        return choosing.Choice(name, None, None, None, f"{name} is best", {}, {})
+
+    names = {4: "a", 32: "b", 256: "c", 4096: "d"}
+    found = Choices("device", {Shape(rows, 8, 24).key: chosen(name) for rows, name in names.items()})
+    assert found.kernels(8, 24) == {16: "a", 90: "b", 1024: "c", 4096: "d"}
+    assert found.told(8, 24).startswith("16 rows: a (a is best); 32 rows: b (b is best); 256 rows: c")
+    many = Choices("device", {Shape(rows, 8, 24).key: chosen(names[rows]) for rows in (4096, 256)})
+    assert many.kernels(8, 24) == {1024: "c", 4096: "d"}
+
+
+def test_triton_is_no_candidate_in_its_interpreter(monkeypatch):
+    monkeypatch.setattr(choosing, "why_not", lambda name, *rest: None)
+    found = choose([SHAPE], torch.float32, CPU, lambda run: (1.0, 1.0)).by_shape[SHAPE.key]
+    own = {name: reason for name, reason in found.unavailable.items() if name.startswith("triton.")}
+    assert set(own) == set(products.DECODE_KERNELS)
+    assert set(own.values()) == {"Triton's interpreter is for tests"}
 
 
 @pytest.mark.parametrize(

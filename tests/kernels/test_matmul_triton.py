@@ -19,6 +19,7 @@ NATIVE = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if NATIVE else "cpu")
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 SMALL = {"decode": "triton.decode/16x64-w4-s3", "prefill": "triton.prefill/32x32x64-w4-s3"}
+BY_ROWS = {16: SMALL["decode"], 256: SMALL["prefill"]}
 
 
 def same(y, expected):
@@ -70,7 +71,7 @@ def test_phases_have_their_own_kernels_and_weights_share_an_input():
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(m, 40, generator=generator).to(DEVICE) for m in (24, 8, 8)]
     biases = [torch.randn(24, generator=generator).to(DEVICE), None, None]
-    linear = Int8Linear(weights, biases, kernel=SMALL)
+    linear = Int8Linear(weights, biases, kernel=BY_ROWS)
     for rows in (1, 16, 17):
         x = torch.randn(1, rows, 40, generator=generator).to(DEVICE)
         expected = int8_linear(x[0], torch.cat(weights))
@@ -125,7 +126,7 @@ def test_a_compiled_layer_has_no_break_and_one_graph_for_all_layers():
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear = Int8Linear([torch.randn(64, 64, generator=generator).to(DEVICE)], kernel=SMALL)
+            self.linear = Int8Linear([torch.randn(64, 64, generator=generator).to(DEVICE)], kernel=BY_ROWS)
 
         def forward(self, x):
             return x + self.linear(F.silu(x))

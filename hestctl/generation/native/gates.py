@@ -11,11 +11,15 @@ T the ledger's grid, D hidden size, L layers, R directions, S = 3 states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from hestctl.generation.fused import FusedDecode, fused_weights
 from hestctl.generation.native.prompts import Prompts
 from hestctl.hardening.plan import Plan
+from hestctl.kernels.adapter import AdapterWeights
 from hestctl.kernels.int8 import Int8Linear
 from hestctl.model.gates import FULL, INT8
 from hestctl.model.spectral import SpectralAdapters, normalise
@@ -29,6 +33,8 @@ class Directions:
 
     def __init__(self, adapters: SpectralAdapters, dtype: torch.dtype) -> None:
         self.gate, self.shape = adapters.gate, adapters.shape
+        self._adapters, self._dtype = adapters, dtype
+        self._step_L: Sequence[AdapterWeights] | None = None
         self._down_LDR = adapters.down.detach().to(dtype).unbind(0)
         self._up_LRD = adapters.up.detach().to(dtype).unbind(0)
         self._scale_LR = adapters.scale.detach().to(dtype).unbind(0)
@@ -47,23 +53,45 @@ class Directions:
             out_ND = out_ND + up(down(x_ND) * scale_R * (state_NR == INT8))
         return out_ND
 
+    def step_weights(self, order_LR: Tensor | None) -> Sequence[AdapterWeights]:
+        """What the fused step reads, the same for all shapes of batch: made at the first call."""
+        if self._step_L is None:
+            self._step_L = fused_weights(self._adapters, self._dtype, order_LR)
+        return self._step_L
+
 
 class Gates:
-    """The adapters of one batch shape: ``begin`` a batch, then ``prompt``, then ``token`` and ``tally``.
+    """The adapters of one batch shape: ``begin`` a batch, then ``prompt`` layer by layer.
 
-    ``counts_QLS`` is the log of the states that ran.
+    A decode step is ``start``, ``token`` layer by layer, ``tally``; where ``fused``, by the kernel of
+    ``generation.fused`` (``why_not_fused`` has no objection then). ``counts_QLS`` is the log of the states
+    that ran.
     """
 
     def __init__(
-        self, directions: Directions, plan: Plan | None, requests: int, beams: int, device: torch.device
+        self,
+        directions: Directions,
+        plan: Plan | None,
+        requests: int,
+        beams: int,
+        device: torch.device,
+        *,
+        fused: bool,
     ) -> None:
         layers, _, _ = directions.shape
         self._directions, self._plan = directions, plan
         self._beams, self._device = beams, device
+        self._real_W = torch.ones(requests * beams, dtype=torch.bool, device=device)
         self._states_S = torch.arange(3, device=device)
         self._step_LWR: list[Tensor] = []
         self._ledger = None if plan is None else plan.ledger(torch.ones(requests, device=device))
-        self.counts_QLS = torch.zeros(requests, layers, 3, dtype=torch.int64, device=device)
+        counts_LQS = torch.zeros(layers, requests, 3, dtype=torch.int64, device=device)
+        self.counts_QLS = counts_LQS.transpose(0, 1)
+        self._fused = None
+        if fused:
+            order_LR = None if self._ledger is None else self._ledger.order_LR
+            weights = directions.step_weights(order_LR)
+            self._fused = FusedDecode(weights, self._ledger, counts_LQS, beams=beams)
 
     def begin(self, prompts: Prompts, new_tokens: int) -> None:
         """A new batch of at most ``new_tokens`` each: empty log, fresh purses."""
@@ -93,21 +121,29 @@ class Gates:
             return hidden_ND + delta_MD
         return hidden_ND.index_add(0, real_M, delta_MD)
 
-    def token(self, layer: int, hidden_WD: Tensor, alive: Tensor) -> Tensor:
-        """A layer's output for one token a row; once no row is ``alive`` nothing is open or paid for."""
-        x_WD = normalise(hidden_WD)
-        state_W1R = self._directions.gate.decide(x_WD[:, None], layer) * alive
+    def start(self, alive: Tensor) -> None:
+        """A step begins; once ``alive`` () is false nothing is open or paid for."""
+        self._real_W.copy_(alive)
+
+    def token(self, layer: int, hidden_WD: Tensor) -> Tensor:
+        """A layer's output for one token a row."""
+        if self._fused is not None:
+            return self._fused.steps[layer](hidden_WD, self._real_W)
+        x_WD, real_W1 = normalise(hidden_WD), self._real_W[:, None]
+        state_W1R = self._directions.gate.decide(x_WD[:, None], layer) * real_W1[..., None]
         if self._ledger is not None:
-            state_W1R = self._ledger.allow(layer, state_W1R, alive.expand(len(x_WD), 1))
+            state_W1R = self._ledger.allow(layer, state_W1R, real_W1)
         state_WR = state_W1R[:, 0]
         self._step_LWR.append(state_WR)
         return hidden_WD + self._directions.delta(x_WD, layer, state_WR)
 
-    def tally(self, alive: Tensor) -> None:
-        """Log the states of the step that ends here."""
+    def tally(self) -> None:
+        """Log the states of the step that ends here; the fused kernel has logged its own."""
+        if self._fused is not None:
+            return
         state_LWR = torch.stack(self._step_LWR)
         self._step_LWR.clear()
-        used_LWRS = (state_LWR[..., None] == self._states_S) * alive
+        used_LWRS = (state_LWR[..., None] == self._states_S) * self._real_W[:, None, None]
         layers, requests = len(state_LWR), len(self.counts_QLS)
         self.counts_QLS += used_LWRS.view(layers, requests, -1, 3).sum(2).transpose(0, 1)
 

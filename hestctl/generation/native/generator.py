@@ -16,16 +16,19 @@ from torch import Tensor
 
 from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generated
+from hestctl.generation.engine import Generated, Notes
+from hestctl.generation.fused import why_not_fused
 from hestctl.generation.native.cache import allocate, bucket
 from hestctl.generation.native.choice import Rules
 from hestctl.generation.native.gates import Directions, Gates
+from hestctl.generation.native.graph import Replay
 from hestctl.generation.native.known import repetition_penalty, unsupported
 from hestctl.generation.native.network import Network
 from hestctl.generation.native.prompts import Prompts, lay_out
 from hestctl.generation.native.session import Session, Shape
-from hestctl.generation.native.weights import Precision
+from hestctl.generation.native.weights import Precision, kernel_note
 from hestctl.hardening.plan import Plan
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
 
@@ -38,12 +41,14 @@ _SESSIONS = 32
 class NativeGenerator:
     """A backbone with hardened adapters, ready to generate; base and merged LoRA have no adapters.
 
-    ``precision`` int8 runs the decoder layers' MatMuls in int8. ``static`` lays everything out as a GPU
-    needs it; by default where there is one. int8 codes and adapters are taken as they are when the
-    generator is made: merge LoRA and harden before. A backbone whose parameters are put elsewhere is read
-    again.
+    ``precision`` int8 runs the decoder layers' MatMuls in int8, by the kernels of ``choices`` (the default
+    one where it is None). ``static`` lays everything out as a GPU needs it; by default where there is one.
+    ``notes`` tells whether decode's adapters are fused, and which kernels run, each with its reason.
 
-    Raises HestError (usage) where ``unsupported`` has a reason.
+    int8 codes and adapters are taken as they are when the generator is made: merge LoRA and harden before.
+    A backbone whose parameters are put elsewhere is read again.
+
+    Raises HestError (usage) where ``unsupported`` has a reason; KeyError and ValueError as ``read_weights``.
     """
 
     engine = ENGINE
@@ -55,6 +60,7 @@ class NativeGenerator:
         plan: Plan | None,
         *,
         precision: Precision = "full",
+        choices: Choices | None = None,
         static: bool | None = None,
     ) -> None:
         on_gpu = backbone.device.type == "cuda"
@@ -62,10 +68,20 @@ class NativeGenerator:
         if on_gpu and adapters is not None and adapters.uses_int8 and adapters.shape[2] % 8:
             _refuse(f"int8 products on a GPU need ranks of multiples of 8, not {adapters.shape[2]}")
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
-        self.precision = precision
+        self.precision, self._choices = precision, choices
         self._static = on_gpu if static is None else static
-        self._directions = None if adapters is None else Directions(adapters, backbone.dtype)
-        self._network = Network(backbone, precision)
+        self._directions, self._fused = None, False
+        self.notes: Notes = {"adapter": "none"}
+        if adapters is not None:
+            self._directions = Directions(adapters, backbone.dtype)
+            reason = why_not_fused(adapters, backbone.device)
+            if reason is None and not self._static:
+                reason = "batches are not laid out for a GPU"
+            self._fused = reason is None
+            self.notes["adapter"] = "fused" if reason is None else f"unfused: {reason}"
+        self._network = Network(backbone, precision, choices)
+        self.notes["kernels"] = kernel_note(self._network.weights, choices)
+        self._warm = False
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
         self._memory = torch.empty(0, dtype=backbone.dtype)
 
@@ -81,18 +97,36 @@ class NativeGenerator:
     ) -> int:
         """Pay beforehand for what a first time costs, and say how many batches were run for it.
 
-        On a GPU one batch of every shape that ``rows`` will have, the largest first (compilation, capture,
-        memory); on a CPU the first batch alone. Errors as ``generate``.
+        On a GPU one batch of every shape that ``rows`` will have and no batch had before, the largest first
+        (compilation, capture, memory); on a CPU the very first batch alone. Errors as ``generate``.
         """
-        parts = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+        parts = _parts(rows, batch_size)
         if not self._static:
+            if self._warm:
+                return 0
             self.generate(parts[0], new_tokens=new_tokens, num_beams=num_beams, forced_length=forced_length)
             return 1
+        self._look_again()
         shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
-        network = self._network
+        network, made = self._network, 0
         for shape in sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
-            self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
-        return len(shapes)
+            if shape not in self._sessions:
+                self._session(shape).begin([row.prompt_ids for row in shapes[shape]])
+                made += 1
+        return made
+
+    def warm_up_labels(self, rows: Sequence[Encoded], *, batch_size: int) -> int:
+        """``warm_up`` for ``label_scores``: on a GPU a batch of every count and length bucket."""
+        parts = _parts(rows, batch_size)
+        if not self._static:
+            if self._warm:
+                return 0
+            self.label_scores(parts[0])
+            return 1
+        buckets = {(len(part), bucket(max(len(row.prompt_ids) for row in part))): part for part in parts}
+        for part in buckets.values():
+            self.label_scores(part)
+        return len(buckets)
 
     @torch.inference_mode()
     def generate(
@@ -105,6 +139,7 @@ class NativeGenerator:
         """
         shape = self._shape(rows, new_tokens, num_beams, forced_length)
         session = self._session(shape)
+        self._warm = True
         session.begin([row.prompt_ids for row in rows])
         stop = session.stop()
         for _ in range(new_tokens - 1):
@@ -122,6 +157,7 @@ class NativeGenerator:
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
         """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
         sequences = [row.prompt_ids for row in rows]
+        self._warm = True
         x_ND, prompts, gates = self._over(sequences, left=True)
         return self._network.logits(x_ND[prompts.last_Q]).float().cpu(), _log(gates)
 
@@ -144,7 +180,7 @@ class NativeGenerator:
     def adapter_work(self, batch_size: int, num_beams: int, tokens: int) -> Callable[[], object]:
         """All layers' adapters alone, over prompts of ``tokens`` or, where that is 1, over one step."""
         device, layers = self.backbone.device, self.backbone.num_layers
-        gates = self._gates(batch_size, num_beams)
+        gates = self._gates(batch_size, num_beams, steps=tokens == 1)
         if gates is None:
             return lambda: None
         prompts = lay_out([[0] * tokens] * batch_size, device, width=None, grid="left")
@@ -156,11 +192,12 @@ class NativeGenerator:
         alive = torch.ones((), dtype=torch.bool, device=device)
 
         def step() -> None:
+            gates.start(alive)
             for layer in range(layers):
-                gates.token(layer, hidden_ND, alive)
-            gates.tally(alive)
+                gates.token(layer, hidden_ND)
+            gates.tally()
 
-        return step
+        return Replay(step, lambda: None) if device.type == "cuda" else step
 
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""
@@ -178,7 +215,7 @@ class NativeGenerator:
             width=bucket(longest) if self._static else None,
             grid="left" if left else "right",
         )
-        gates = self._gates(len(sequences), 1)
+        gates = self._gates(len(sequences), 1, steps=False)
         if gates is not None:
             gates.begin(prompts, 0)
         return self._network.over(prompts, gates, None), prompts, gates
@@ -196,7 +233,7 @@ class NativeGenerator:
         if session is None:
             while len(self._sessions) >= _SESSIONS:
                 self._sessions.popitem(last=False)
-            gates = self._gates(shape.requests, shape.beams)
+            gates = self._gates(shape.requests, shape.beams, steps=True)
             memory = self._room(shape)
             session = Session(self._network, shape, gates, memory, static=self._static)
         self._sessions[shape] = session
@@ -211,16 +248,22 @@ class NativeGenerator:
             self._memory = allocate(wanted, self.backbone.dtype, self.backbone.device)
         return self._memory
 
-    def _gates(self, requests: int, beams: int) -> Gates | None:
+    def _gates(self, requests: int, beams: int, *, steps: bool) -> Gates | None:
+        """The adapters of a batch, of whose prompts alone unless ``steps``."""
         if self._directions is None:
             return None
-        return Gates(self._directions, self.plan, requests, beams, self.backbone.device)
+        device, fused = self.backbone.device, steps and self._fused
+        return Gates(self._directions, self.plan, requests, beams, device, fused=fused)
 
     def _look_again(self) -> None:
         if self._network.moved:
             _refuse(unsupported(self.backbone))
             self._sessions.clear()
-            self._network = Network(self.backbone, self.precision)
+            self._network = Network(self.backbone, self.precision, self._choices)
+
+
+def _parts(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _log(gates: Gates | None) -> Tensor | None:

@@ -43,6 +43,7 @@ class Replay:
                 step()
             rewind()
         torch.cuda.current_stream().wait_stream(side)
+        self._step = step  # and with it the tensors whose addresses the graph holds
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             step()

@@ -9,18 +9,9 @@ Shape legend: N tokens (of all requests), D hidden size, H query heads, K key an
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.generation.native.weights import Heads, LayerWeights
-
-
-def rms_norm(x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-    """RMS norm in fp32, rounded to the input's type before the weight, as the models were trained."""
-    if x_ND.dtype == torch.float32:  # no rounding in between: the library's own is the same
-        return F.rms_norm(x_ND, weight_D.shape, weight_D, epsilon)
-    wide = x_ND.float()
-    return weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x_ND.dtype)
 
 
 def before_attention(
@@ -30,8 +21,9 @@ def before_attention(
 
     ``sin`` carries the sign of the rotation in its first half, so that one roll serves.
     """
-    normal_ND = rms_norm(x_ND, layer.norm_in_D, heads.epsilon)
-    qkv = layer.qkv(normal_ND).view(-1, heads.query + 2 * heads.kv, heads.size)
+    qkv = layer.qkv.normed(x_ND, layer.norm_in_D, heads.epsilon).view(
+        -1, heads.query + 2 * heads.kv, heads.size
+    )
     turning = heads.query + heads.kv
     qk, v = qkv[:, :turning], qkv[:, turning:]
     qk = torch.addcmul(qk * cos_N1E, qk.roll(heads.size // 2, -1), sin_N1E)
@@ -40,7 +32,5 @@ def before_attention(
 
 def after_attention(x_ND: Tensor, mixed: Tensor, layer: LayerWeights, heads: Heads) -> Tensor:
     """The layer's output (N, D) from its input and what attention mixed (N, H * E)."""
-    x_ND = x_ND + layer.out(mixed)
-    normal_ND = rms_norm(x_ND, layer.norm_mid_D, heads.epsilon)
-    gate, up = layer.gate_up(normal_ND).chunk(2, -1)
-    return x_ND + layer.down(F.silu(gate) * up)
+    x_ND, gate_up = layer.gate_up.summed(x_ND, layer.out(mixed), layer.norm_mid_D, heads.epsilon)
+    return x_ND + layer.down.gated(gate_up)

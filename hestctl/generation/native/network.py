@@ -15,18 +15,23 @@ from torch import Tensor
 from hestctl.generation.native import layer as stages
 from hestctl.generation.native.gates import Gates
 from hestctl.generation.native.graph import compiled
+from hestctl.generation.native.products import rms_norm
 from hestctl.generation.native.prompts import Prompts, attend
 from hestctl.generation.native.rope import rope_table
 from hestctl.generation.native.weights import Precision, pointers, read_weights
+from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 
 
 class Network:
-    """A backbone in one precision. ``moved`` says that its parameters have been put elsewhere since."""
+    """A backbone in one precision. ``moved`` says that its parameters have been put elsewhere since.
 
-    def __init__(self, backbone: Backbone, precision: Precision) -> None:
+    Arguments and errors as ``read_weights``.
+    """
+
+    def __init__(self, backbone: Backbone, precision: Precision, choices: Choices | None = None) -> None:
         self.backbone = backbone
-        self.weights = read_weights(backbone, precision)
+        self.weights = read_weights(backbone, precision, choices)
         self._rope = rope_table(backbone, 1)
         self.before_attention: Callable[..., Any] = stages.before_attention
         self.after_attention: Callable[..., Any] = stages.after_attention
@@ -67,4 +72,4 @@ class Network:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """Logits (N, V) of hidden states, in the model's type."""
-        return self.weights.head(stages.rms_norm(x_ND, self.weights.norm_D, self.weights.heads.epsilon))
+        return self.weights.head(rms_norm(x_ND, self.weights.norm_D, self.weights.heads.epsilon))

@@ -114,7 +114,8 @@ class Session:
     def step(self) -> None:
         """Embedding, layers with their gates, choice, and everything's move to the next position."""
         network, heads = self._network, self._network.weights.heads
-        alive = self.choice.alive
+        if self.gates is not None:
+            self.gates.start(self.choice.alive)
         x_WD = F.embedding(self.choice.tokens_W, network.weights.embedding_VD)
         cos, sin = self._cos[self._position_W], self._sin[self._position_W]
         mask = self._visible()
@@ -123,9 +124,9 @@ class Session:
             mixed = self._attend(self._stores[index], q, k, v, mask)
             x_WD = network.after_attention(x_WD, mixed, layer, heads)
             if self.gates is not None:
-                x_WD = self.gates.token(index, x_WD, alive)
+                x_WD = self.gates.token(index, x_WD)
         if self.gates is not None:
-            self.gates.tally(alive)
+            self.gates.tally()
         parents_QB = self.choice.choose(network.logits(x_WD))
         if parents_QB is not None:
             self._mask_QBC.copy_(self._mask_QBC.gather(1, parents_QB[..., None].expand_as(self._mask_QBC)))

@@ -9,52 +9,31 @@ Shape legend: D hidden size, M outputs, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hestctl.kernels.int8 import Int8Linear
+from hestctl.generation.native.products import Int8Product, Product
+from hestctl.kernels.choose import Choices
+from hestctl.kernels.int8 import DEFAULT_KERNEL
 from hestctl.model.backbone import Backbone
 
 Precision = Literal["full", "int8"]
-
-
-class Product:
-    """``x @ weight.T + bias`` in the weights' own type."""
-
-    def __init__(self, weight_MD: Tensor, bias_M: Tensor | None) -> None:
-        self.weight_MD, self.bias_M = weight_MD, bias_M
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_MD, self.bias_M)
-
-
-class Int8Product:
-    """The same in int8, by the numerics of ``kernels.reference``; the bias is added in the type of ``x``.
-
-    Keeps its own int8 codes: a quarter to a half of the weights' bytes beside them.
-    """
-
-    def __init__(self, weight_MD: Tensor, bias_M: Tensor | None) -> None:
-        self.linear, self.bias_M = Int8Linear([weight_MD]), bias_M
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = self.linear(x)
-        return y if self.bias_M is None else y + self.bias_M
+LayerProduct = Product | Int8Product
+_Make = Callable[[Tensor, Tensor | None], LayerProduct]
 
 
 class LayerWeights(NamedTuple):
     """One decoder layer."""
 
     norm_in_D: Tensor
-    qkv: Product | Int8Product
-    out: Product | Int8Product
+    qkv: LayerProduct
+    out: LayerProduct
     norm_mid_D: Tensor
-    gate_up: Product | Int8Product
-    down: Product | Int8Product
+    gate_up: LayerProduct
+    down: LayerProduct
 
 
 class Heads(NamedTuple):
@@ -82,17 +61,24 @@ def pointers(backbone: Backbone) -> tuple[int, ...]:
     return tuple(parameter.data_ptr() for parameter in backbone.model.parameters())
 
 
-def read_weights(backbone: Backbone, precision: Precision) -> Weights:
+def read_weights(backbone: Backbone, precision: Precision, choices: Choices | None = None) -> Weights:
     """The weights of a model that ``unsupported`` has no objection to.
 
     Takes at most one layer's projections of extra memory on the way. int8 codes are made here, once, for
-    the MatMuls of the decoder layers alone: embeddings, norms and head stay as they are.
+    the MatMuls of the decoder layers alone: embeddings, norms and head stay as they are. ``choices`` has the
+    kernels of these products, the default one where it is None. Raises KeyError where it lacks a shape, and
+    ValueError for a kernel that cannot run.
     """
+
+    def int8(weight_MD: Tensor, bias_M: Tensor | None) -> Int8Product:
+        kernel = DEFAULT_KERNEL if choices is None else choices.kernels(*weight_MD.shape)
+        return Int8Product(weight_MD, bias_M, kernel)
+
     # Parameters made under inference mode could never be trained again.
     with torch.inference_mode(False), torch.no_grad():
         model: Any = backbone.model
-        kind = Product if precision == "full" else Int8Product
-        layers = tuple(_layer(layer, kind) for layer in backbone.layers)
+        make: _Make = Product if precision == "full" else int8
+        layers = tuple(_layer(layer, make) for layer in backbone.layers)
         first: Any = backbone.layers[0]
         attention, head = first.self_attn, model.lm_head
         return Weights(
@@ -110,22 +96,33 @@ def read_weights(backbone: Backbone, precision: Precision) -> Weights:
         )
 
 
-def _layer(layer: Any, kind: type[Product] | type[Int8Product]) -> LayerWeights:
+def kernel_note(weights: Weights, choices: Choices | None) -> str | dict[str, str]:
+    """Which kernels run the layers' MatMuls, and why; by outputs and inputs where they were chosen."""
+    products = [p for layer in weights.layers for p in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    shapes = {tuple(p.linear.weight.q_MK.shape) for p in products if isinstance(p, Int8Product)}
+    if not shapes:
+        return "full precision: torch's own"
+    if choices is None:
+        return "default: not calibrated"
+    return {f"{outputs}x{inputs}": choices.told(outputs, inputs) for outputs, inputs in sorted(shapes)}
+
+
+def _layer(layer: Any, make: _Make) -> LayerWeights:
     attention, mlp = layer.self_attn, layer.mlp
     return LayerWeights(
         norm_in_D=layer.input_layernorm.weight.data,
-        qkv=_product(kind, attention.q_proj, attention.k_proj, attention.v_proj),
-        out=_product(kind, attention.o_proj),
+        qkv=_product(make, attention.q_proj, attention.k_proj, attention.v_proj),
+        out=_product(make, attention.o_proj),
         norm_mid_D=layer.post_attention_layernorm.weight.data,
-        gate_up=_product(kind, mlp.gate_proj, mlp.up_proj),
-        down=_product(kind, mlp.down_proj),
+        gate_up=_product(make, mlp.gate_proj, mlp.up_proj),
+        down=_product(make, mlp.down_proj),
     )
 
 
-def _product(kind: type[Product] | type[Int8Product], *modules: nn.Linear) -> Product | Int8Product:
+def _product(make: _Make, *modules: nn.Linear) -> LayerProduct:
     biases = [module.bias for module in modules if module.bias is not None]
     weight_MD = _joined([module.weight for module in modules])
-    return kind(weight_MD, _joined(biases) if biases else None)
+    return make(weight_MD, _joined(biases) if biases else None)
 
 
 def _joined(parameters: Sequence[Tensor]) -> Tensor:

@@ -1,0 +1,64 @@
+"""The engine of a run: which one and by which kernels, made for its adapters, and told in its record."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hestctl.energy.table import EnergyTable
+from hestctl.errors import Exit, HestError
+from hestctl.generation.engines import Engine, EngineKind, engine_for
+from hestctl.hardening.plan import read_plan
+from hestctl.kernels.choose import Choices
+from hestctl.model.backbone import Backbone
+from hestctl.model.methods import METHODS
+from hestctl.progress import Progress
+from hestctl.records import Run
+from hestctl.settings import MethodSettings, Settings
+from hestctl.store.folder import RunFolder
+from hestctl.store.store import Store
+from hestctl.training.checkpoint import load_tensors
+from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
+
+
+def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
+    """What this run generates with; told where it is not hestctl's own. Raises HestError (usage)."""
+    kind = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    told = "" if kind.precision == "full" else ", the backbone's MatMuls in int8"
+    progress.note(f"engine: {kind.name}{told}" + (f" ({kind.reason})" if kind.reason else ""))
+    return kind
+
+
+def with_kernels(kind: EngineKind, table: EnergyTable | None) -> EngineKind:
+    """The engine with the kernels that ``calibrate`` chose, where the table of its target has some."""
+    if table is None or table.kernels is None:
+        return kind
+    return replace(kind, choices=Choices.from_dict(table.kernels))
+
+
+def record_engine(run: Run, kind: EngineKind, engine: Engine) -> None:
+    """Write into the run's summary what generates for it: engine, adapter's step, kernels, and each why."""
+    run.summary = {**run.summary, "engine": kind.told(engine)}
+
+
+def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str, kind: EngineKind) -> Engine:
+    """The engine of a finished run, its adapters exactly as they were hardened.
+
+    Raises HestError when the files are missing or damaged, or were made for another backbone.
+    """
+    folder = RunFolder(store.root, run.run_id).path
+    settings = MethodSettings.model_validate(run.settings["method"])
+    if run.summary.get("fingerprint") != backbone.fingerprint:
+        raise HestError(
+            f"run {run.run_id} was trained on another backbone ({run.backbone}, not {backbone.name})",
+            "name the backbone it was trained on with --backbone",
+            Exit.USAGE,
+        )
+    plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    if plan is not None:
+        plan.check(backbone.fingerprint, device_name)
+    states = (0, 1, 2) if plan is not None and plan.uses_int8 else (0, 2)
+    tuner = new_tuner(settings, backbone, states, 0)
+    if METHODS[settings.name].trained:
+        tuner.load(load_tensors(folder / HARDENED_FILE))
+    tuner.finish()
+    return kind.make(backbone, tuner.spectral, plan)
