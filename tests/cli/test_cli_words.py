@@ -185,7 +185,8 @@ def test_predicted_and_apportioned_joules_say_so_in_documents_and_store(
     with duckdb.connect(str(study.folder / "runs.duckdb"), read_only=True) as con:
         found = con.execute(
             "SELECT DISTINCT energy_kind, phase_method, prefill_j > 0, predicted_j > 0 "
-            "FROM samples WHERE split = 'profile'"
+            "FROM samples WHERE run_id = ?",
+            [document["run_id"]],
         ).fetchall()
     assert found == [("estimated", "apportioned", True, True)]
 
