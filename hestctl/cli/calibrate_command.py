@@ -51,9 +51,11 @@ def calibrate(
     """Certify the meter, check it on known work, and measure the energy table of this device.
 
     The table prices adapter directions and layers, and predicts whole generations. On a GPU, and with
-    --backbone-precision int8, the int8 kernels are chosen first; generation takes what was chosen. `train` and `harden`
-    measure the prices that they need on the way where the store has none for this device; one that was
-    measured with another driver, library or kernel is refused until it is renewed here.
+    --backbone-precision int8, the int8 kernels are chosen first; generation takes what was chosen.
+
+    `train` and `harden` measure the prices that they need on the way where the store has none for this
+    device; a table that was measured with another driver, library or kernel is refused until it is renewed
+    here.
     """
     from hestctl.cli import out
     from hestctl.store.store import Store
