@@ -140,15 +140,15 @@ def at_checkpoint(number: int) -> None:
 
 def at_evaluation(number: signal.Signals) -> None:
     """Send a signal during the generation of the test split."""
-    from hestctl.generation.engine import Generator
+    from hestctl.generation.native import NativeGenerator
 
-    generate = Generator.generate
+    generate = NativeGenerator.generate
 
-    def run(self: Generator, *rows: Any, **more: Any) -> Any:
+    def run(self: NativeGenerator, *rows: Any, **more: Any) -> Any:
         os.kill(os.getpid(), number)
         return generate(self, *rows, **more)
 
-    Generator.generate = run  # type: ignore[method-assign]
+    NativeGenerator.generate = run  # type: ignore[method-assign]
 
 
 def at_validation(nth: int) -> None:
