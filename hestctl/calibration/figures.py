@@ -20,6 +20,7 @@ from hestctl.generation.engines import EngineKind
 from hestctl.hardening.plan import PLAN_VERSION, Plan
 from hestctl.kernels.choose import Choices
 from hestctl.kernels.int8 import DEFAULT_KERNEL, Int8Linear
+from hestctl.kernels.products import why_not
 from hestctl.model.backbone import Backbone
 from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import OrdinalGate
@@ -74,8 +75,14 @@ def direction_figures(target: Target) -> list[Figure]:
 
 
 def _int8_adapter(x_ND: Tensor, down_DR: Tensor, up_RD: Tensor) -> Work:
-    """The int8 products as generation would run them: real int8 MatMuls, weights quantised once."""
-    down, up = Int8Linear([down_DR.T]), Int8Linear([up_RD.T])
+    """The int8 products as generation would run them: real int8 MatMuls, weights quantised once.
+
+    The oracle stands in for shapes that no kernel takes here; it is dear, so that int8 is dropped.
+    """
+    hidden, rank = down_DR.shape
+    whys = (why_not(DEFAULT_KERNEL, x_ND.device, *shape) for shape in ((rank, hidden), (hidden, rank)))
+    kernel = "reference" if any(whys) else DEFAULT_KERNEL
+    down, up = Int8Linear([down_DR.T], kernel=kernel), Int8Linear([up_RD.T], kernel=kernel)
     return lambda: up(down(x_ND))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 
+from hestctl import __version__
 from hestctl.calibration.figures import (
     GATES,
     NEW_TOKENS,
@@ -58,8 +59,11 @@ def table_key(target: Target, meter: Meter) -> TableKey:
             "engine": target.engine.name,
             "rank": str(method.rank),
             "width": str(method.controller_width),
+            "controller": method.controller,
+            "directions": method.precision,
         },
         conditions={
+            "hestctl": __version__,
             "meter": meter.counter_name,
             "driver": meter.driver,
             "kernels": on_offer(backbone.device),
@@ -106,9 +110,9 @@ class Calibration:
         """
         batches, lengths = self.energy.batch_sizes, self._lengths()
         rows = [batch * num_beams for batch in batches]
-        generations = generation_figures(self.target, batches, num_beams, lengths)
         if concerns(self.target):
             self._choose(rows)
+        generations = generation_figures(self.target, batches, num_beams, lengths)
         matmuls = matmul_figures(self.target, rows)
         directions = direction_figures(self.target)
         adapters = len(GATES) * len(batches) * 2

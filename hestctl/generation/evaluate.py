@@ -135,7 +135,8 @@ def _samples(
     window = batch.window
     prompt_tokens = [len(row.prompt_ids) for row in batch.rows]
     new_tokens = [len(ids) for ids in batch.result.new_ids]
-    phases = _predicted(model, generator, prompt_tokens, new_tokens, settings.num_beams)
+    beams = 1 if batch.predicted else settings.num_beams  # labels are scored without beams
+    phases = _predicted(model, generator, prompt_tokens, new_tokens, beams)
     shares: list[Share | None] = [None] * len(batch.rows)
     if batch.energy_j is not None:
         shares = [*share_batch(batch.energy_j, batch.error_j, prompt_tokens, new_tokens, phases)]

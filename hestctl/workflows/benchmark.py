@@ -105,6 +105,9 @@ def variants_of(settings: Settings, texts: Sequence[str]) -> list[Variant]:
         method, *parts = text.strip().split("+")
         values = {"method.name": method}
         for part in parts:
+            if part not in ("int8", "full", "hestctl", "transformers"):
+                hint = "+int8, +full, +hestctl or +transformers"
+                raise HestError(f"--method {text!r}: there is no +{part}", hint, Exit.USAGE)
             key = {"int8": "backbone.precision", "full": "backbone.precision"}.get(part, "generation.engine")
             values[key] = part
         if METHODS.get(method) is None or METHODS[method].lora:
@@ -175,6 +178,7 @@ class _Bench:
     done: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    tables: dict[str, EnergyTable] = field(default_factory=dict)
 
     def point(
         self, variants: Sequence[Variant], prompts: list[Encoded], batch_size: int, num_beams: int
@@ -265,8 +269,8 @@ class _Bench:
         )
         if METHODS[variant.method].gate is None:
             return kind, kind.make(backbone, None, None)
-        trained = queries.latest_run(self.store, command="train", method=variant.method)
-        if trained is not None and trained.summary.get("fingerprint") == backbone.fingerprint:
+        trained = self._hardened(variant.method)
+        if trained is not None:
             self._tell(f"{variant.text}: adapters and plan of run {trained.run_id}")
             return kind, load_hardened(self.store, trained, backbone, self.meter.device_name, kind)
         self._tell(
@@ -308,9 +312,25 @@ class _Bench:
         )
         return kind.make(backbone, tuner.spectral, plan)
 
+    def _hardened(self, method: str) -> Run | None:
+        """The latest hardened run of this method for this backbone on this device."""
+        for run in queries.list_runs(self.store, method=method, status="finished", has_plan=True):
+            fits_both = (run.summary.get("fingerprint"), run.device_name) == (
+                self.backbone.fingerprint,
+                self.meter.device_name,
+            )
+            if run.command in ("train", "harden") and fits_both:
+                return run
+        return None
+
     def _table(self, variant: Variant) -> EnergyTable:
-        recorder = self.recorders[variant.text]
-        return energy_table(variant.settings, self.backbone, self.meter, self.store, recorder, self.progress)
+        """One table a precision and engine: other prices at every point would be other plans."""
+        s, recorder = variant.settings, self.recorders[variant.text]
+        key = f"{s.backbone.precision} {recorder.run.engine}"
+        if key not in self.tables:
+            self.tables[key] = energy_table(s, self.backbone, self.meter, self.store, recorder, self.progress)
+        recorder.run.calibration_id = self.tables[key].calibration_id
+        return self.tables[key]
 
     def _tell(self, note: str) -> None:
         if note not in self.notes:
@@ -322,14 +342,14 @@ class _Bench:
         figures, prefill = summarise(seen.samples), summarise(seen.prefill)
         latency_s, prefill_s = figures["latency_p50_s"], prefill["latency_p50_s"]
         steps, decode_s = first.new_tokens - 1, latency_s - prefill_s
-        rows = first.batch_size * first.num_beams
         peak = device_peak(self.meter.device_name)
         memory_share = compute_share = None
-        if peak is not None:
+        if peak is not None and self.backbone.dtype.itemsize == 2:  # the floors are those of 16-bit weights
             shape = _shape(self.backbone, 1.0 if variant.settings.backbone.precision == "int8" else 2.0)
-            context = first.prompt_tokens + first.new_tokens // 2
+            # Beams share their prompt's cache: less than that nobody can read.
+            context = first.prompt_tokens + first.num_beams * (first.new_tokens // 2)
             if steps and decode_s > 0:
-                memory_share = decode_floor_s(shape, peak, rows, context) * steps / decode_s
+                memory_share = decode_floor_s(shape, peak, first.batch_size, context) * steps / decode_s
             compute_share = prefill_floor_s(shape, peak, first.batch_size, first.prompt_tokens) / prefill_s
         return Row(
             variant=variant.text,

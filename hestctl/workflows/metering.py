@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,18 +170,27 @@ def record_table(table: EnergyTable, recorder: Recorder, progress: Progress) -> 
 def calibrate_command(settings: Settings) -> str:
     """The command that measures the table of these settings anew."""
     default = Settings.model_construct()
-    words = [f"hestctl calibrate --db {settings.db}"]
+    words = [f"hestctl calibrate --db {shlex.quote(str(settings.db))}"]
     for flag, value, usual in (
         ("--backbone", settings.backbone.name, default.backbone.name),
         ("--weights", settings.backbone.weights, default.backbone.weights),
         ("--dtype", settings.backbone.dtype, None),
         ("--backbone-precision", settings.backbone.precision, default.backbone.precision),
         ("--engine", settings.generation.engine, default.generation.engine),
+        ("--num-beams", settings.generation.num_beams, default.generation.num_beams),
+        ("--batch-size", _listed(settings.energy.batch_sizes), _listed(default.energy.batch_sizes)),
+        ("--lengths", _listed(settings.energy.lengths), _listed(default.energy.lengths)),
+        ("--set method.controller", settings.method.controller, default.method.controller),
+        ("--set method.precision", settings.method.precision, default.method.precision),
         ("--device", settings.backbone.device, default.backbone.device),
         ("--meter", settings.energy.meter, default.energy.meter),
         ("--set method.rank", settings.method.rank, default.method.rank),
         ("--set method.controller_width", settings.method.controller_width, default.method.controller_width),
     ):
         if value != usual and value != "none":
-            words.append(f"{flag}{'=' if ' ' in flag else ' '}{value}")
+            words.append(f"{flag}{'=' if ' ' in flag else ' '}{shlex.quote(str(value))}")
     return " ".join(words)
+
+
+def _listed(counts: tuple[int, ...]) -> str:
+    return ",".join(str(count) for count in counts)

@@ -12,6 +12,7 @@ from hestctl.energy.meter import Meter
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
+from hestctl.generation.native import NativeGenerator
 from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
@@ -181,11 +182,20 @@ def _differences(old: Run, new: Run) -> list[str]:
 
 
 def _reference(run: Run) -> Reference:
+    """What the reference spent, a prompt counted once a beam, as budgets count it.
+
+    hestctl's engine runs a prompt once for all beams, and its log says so.
+    """
+    s, beams = run.summary, run.num_beams or 1
+    billed = 1.0
+    if run.engine == NativeGenerator.engine and beams > 1:
+        prompt, new = s["prompt_tokens_per_sample"], s["new_tokens_per_sample"]
+        billed = beams * (prompt + new) / (prompt + beams * new)
     return Reference(
         run_id=run.run_id,
-        int8_per_sample=run.summary["directions_int8_per_sample"],
-        full_per_sample=run.summary["directions_full_per_sample"],
-        new_tokens=run.summary["new_tokens_per_sample"],
+        int8_per_sample=billed * s["directions_int8_per_sample"],
+        full_per_sample=billed * s["directions_full_per_sample"],
+        new_tokens=s["new_tokens_per_sample"],
     )
 
 

@@ -251,6 +251,6 @@ def test_the_key_tells_shapes_and_versions() -> None:
     meter = Meter(Board())
     key = table_key(target(backbone), meter)
     assert key.subject["device"] == "GPU-board"
-    assert set(key.conditions) == {"meter", "driver", "kernels", "torch", "transformers"}
+    assert set(key.conditions) == {"hestctl", "meter", "driver", "kernels", "torch", "transformers"}
     other = table_key(target(backbone, rank=8), meter)
     assert other.subject_text != key.subject_text

@@ -5,6 +5,7 @@ Shape legend: Q requests, V vocabulary, L layers, S = 3 states.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -83,6 +84,7 @@ class NativeGenerator:
         self.notes["kernels"] = kernel_note(self._network.weights, choices)
         self._warm = False
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
+        self._most_sessions = _SESSIONS
         self._memory = torch.empty(0, dtype=backbone.dtype)
 
     @torch.inference_mode()
@@ -108,6 +110,8 @@ class NativeGenerator:
             return 1
         self._look_again()
         shapes = {self._shape(part, new_tokens, num_beams, forced_length): part for part in reversed(parts)}
+        # What is warmed up must stay warm: a capture under the meter would be some sample's joules.
+        self._most_sessions = max(_SESSIONS, len(shapes))
         network, made = self._network, 0
         for shape in sorted(shapes, key=lambda shape: math.prod(shape.cache(network)), reverse=True):
             if shape not in self._sessions:
@@ -231,7 +235,7 @@ class NativeGenerator:
         self._look_again()
         session = self._sessions.pop(shape, None)
         if session is None:
-            while len(self._sessions) >= _SESSIONS:
+            while len(self._sessions) >= self._most_sessions:
                 self._sessions.popitem(last=False)
             gates = self._gates(shape.requests, shape.beams, steps=True)
             memory = self._room(shape)
@@ -245,6 +249,8 @@ class NativeGenerator:
         if len(self._memory) < math.prod(wanted):
             self._sessions.clear()
             self._memory = self._memory.new_empty(0)
+            if self._static:
+                gc.collect()  # sessions hold themselves in cycles, and the old cache with them
             self._memory = allocate(wanted, self.backbone.dtype, self.backbone.device)
         return self._memory
 

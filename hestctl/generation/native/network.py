@@ -5,6 +5,7 @@ Shape legend: N tokens of all prompts, D hidden size, V vocabulary, L layers, C 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,10 @@ class Network:
         self.before_attention: Callable[..., Any] = stages.before_attention
         self.after_attention: Callable[..., Any] = stages.after_attention
         if backbone.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the joined projections stood in before
+            # Sessions of former engines hold themselves in cycles, with graphs and int8 codes; and what the
+            # joined projections stood in before is free now.
+            gc.collect()
+            torch.cuda.empty_cache()
             self.compile()
 
     def compile(self) -> None:
