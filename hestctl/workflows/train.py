@@ -39,6 +39,7 @@ from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
+    SPLITS,
     Data,
     budget_of,
     check_reference,
@@ -78,7 +79,9 @@ def train(
         _changes(old, settings, None, force=resuming.force)  # what is refused should not wait
     splits = read_inputs(settings, store)
     backbone = load_backbone(settings.backbone, progress=progress.note)
-    data = load_data(settings, splits, backbone, progress)
+    # base trains on nothing: encoding a large training split would take it minutes.
+    needed = SPLITS if METHODS[settings.method.name].trained else ("validation", "test")
+    data = load_data(settings, splits, backbone, progress, needed=needed)
     engine = chosen_engine(settings, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
