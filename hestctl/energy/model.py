@@ -93,8 +93,6 @@ class PassCosts:
     step_j: float
     context_j: float
     worst: float
-    shortest: int
-    longest: int
 
     def prefill_j(self, prompt_tokens: int) -> float:
         """Joules of the prefill of ``prompt_tokens`` in each sequence, the first new token included."""
@@ -241,7 +239,6 @@ def _fit(points: Sequence[GenerationPoint]) -> PassCosts:
     found, _ = nnls(relative / size, np.ones(len(points)))
     coefficients = found / size
     call_j, token_j, token2_j, step_j, context_j = coefficients.tolist()
-    lengths = [p.prompt_tokens for p in points]
     return PassCosts(
         call_j,
         token_j,
@@ -249,8 +246,6 @@ def _fit(points: Sequence[GenerationPoint]) -> PassCosts:
         step_j,
         context_j,
         worst=float(np.abs(relative @ coefficients - 1).max()),
-        shortest=min(lengths),
-        longest=max(lengths),
     )
 
 

@@ -178,6 +178,7 @@ class _Bench:
     done: int = 0
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    kinds: dict[str, EngineKind] = field(default_factory=dict)
     tables: dict[str, EnergyTable] = field(default_factory=dict)
 
     def point(
@@ -263,10 +264,12 @@ class _Bench:
 
     def _engine(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> tuple[EngineKind, Engine]:
         s, backbone = variant.settings, self.backbone
-        kind = with_kernels(
-            engine_for(backbone, s.generation.engine, s.backbone.precision),
-            stored_table(s, backbone, self.meter, self.store, _Notes(self.progress)),
-        )
+        if variant.text not in self.kinds:
+            self.kinds[variant.text] = with_kernels(
+                engine_for(backbone, s.generation.engine, s.backbone.precision),
+                stored_table(s, backbone, self.meter, self.store, self.progress),
+            )
+        kind = self.kinds[variant.text]
         if METHODS[variant.method].gate is None:
             return kind, kind.make(backbone, None, None)
         trained = self._hardened(variant.method)

@@ -8,6 +8,7 @@ import gc
 import pytest
 import torch
 from agreement import METHODS, adapted, family_backbone, often_stopping
+from launches import count_launches
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,6 @@ from hestctl.errors import HestError
 from hestctl.generation.engine import Generator
 from hestctl.generation.native import NativeGenerator, cache, network, unsupported
 from hestctl.generation.native.graph import LOOK_EVERY, compiled
-from hestctl.generation.native.launches import count_launches
 from hestctl.generation.native.weights import read_weights
 
 NEW = 8
