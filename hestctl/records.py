@@ -17,8 +17,54 @@ times nominal watts), or a counter trace that was replayed. ``none``: there is n
 RunStatus = Literal["started", "finished", "failed", "interrupted"]
 
 STATES = ("off", "int8", "full")
-"""What one adapter direction may do for one token. ``full`` is the backbone's own floating type
-(fp16 or bf16 on a GPU, fp32 on a CPU)."""
+"""What one adapter direction may do for one token, and what a layer's block may do for all of them.
+``full`` is the backbone's own floating type (fp16 or bf16 on a GPU, fp32 on a CPU)."""
+
+OFF, INT8, FULL = range(3)
+"""Indices into ``STATES``; energies and numbers are never less in a later one."""
+
+BLOCKS = ("attention", "mlp")
+"""The two residual blocks of a decoder layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockStates:
+    """The state of every layer's attention and MLP block, layer by layer: OFF, INT8 or FULL.
+
+    A block that is off adds nothing to the residual stream, and an attention that is off keeps no keys and
+    values. One state holds for every token and both phases.
+    """
+
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+
+    @classmethod
+    def uniform(cls, layers: int, state: int = FULL) -> BlockStates:
+        return cls((state,) * layers, (state,) * layers)
+
+    @property
+    def layers(self) -> int:
+        return len(self.attention)
+
+    @property
+    def all_full(self) -> bool:
+        return set(self.attention) | set(self.mlp) == {FULL}
+
+    @property
+    def uses_int8(self) -> bool:
+        return INT8 in self.attention or INT8 in self.mlp
+
+    def state(self, layer: int, block: int) -> int:
+        """Of one block; ``block`` is an index into ``BLOCKS``."""
+        return (self.attention, self.mlp)[block][layer]
+
+    def counts(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """How many blocks are (off, int8, full), of attention and of the MLP."""
+
+        def count(states: tuple[int, ...]) -> tuple[int, int, int]:
+            return states.count(OFF), states.count(INT8), states.count(FULL)
+
+        return count(self.attention), count(self.mlp)
 
 
 @dataclass(frozen=True, slots=True)

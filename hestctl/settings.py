@@ -42,6 +42,7 @@ _PREFIX = "HESTCTL_"
 MethodName = Literal["hest", "tabs", "bhsp", "lora", "base"]
 EngineName = Literal["auto", "hestctl", "transformers"]
 BackbonePrecision = Literal["full", "int8"]
+Scope = Literal["network", "adapter"]
 
 
 def _listed(value: object) -> object:
@@ -76,7 +77,8 @@ class _Section(BaseModel):
 class BackboneSettings(_Section):
     """Which frozen causal LM, in which floating type, on which device.
 
-    ``precision`` int8 generates with the decoder layers' MatMuls in int8; training is not touched.
+    ``precision`` int8 runs all decoder layers' MatMuls in int8, and ``skip_last`` leaves the last layers out:
+    the controls, in training as in generation.
     """
 
     name: str = "smollm2-135m"
@@ -84,6 +86,7 @@ class BackboneSettings(_Section):
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     precision: BackbonePrecision = "full"
+    skip_last: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
@@ -105,10 +108,16 @@ class DataSettings(_Section):
 
 
 class MethodSettings(_Section):
-    """What is trained (METHOD names: hest, tabs, bhsp, lora, base) and its ablations."""
+    """What is trained (METHOD names: hest, tabs, bhsp, lora, base) and its ablations.
+
+    ``scope`` is what a budget counts: ``network`` the whole generation, with the layers' own MatMuls among
+    what is chosen, ``adapter`` the directions alone. ``layers`` greedy fixes the blocks' states before
+    training, by sensitivity for joules: the control of what learning the choice is worth.
+    """
 
     name: MethodName = "hest"
-    scope: Literal["adapter"] = "adapter"
+    scope: Scope = "adapter"
+    layers: Literal["learned", "greedy"] = "learned"
     rank: int = Field(default=16, ge=1, le=256)
     controller_width: int = Field(default=32, ge=1, le=1024)
     controller: Literal["factorised", "unfactorised"] = "factorised"
@@ -119,7 +128,14 @@ class MethodSettings(_Section):
 
 
 class BudgetSettings(_Section):
-    """The budget in joules per sample, and the multiplier that enforces it in training."""
+    """The budget in joules per sample, and the multiplier that enforces it in training.
+
+    ``envelope`` matched allows every sample a ratio of what TABS spends at its very lengths, absolute one
+    number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
+    joules given outright. In scope network the budget tightens from all that the backbone spends to E_max
+    over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them
+    from there on. ``spend`` useful leaves joules unspent that buy no likelihood.
+    """
 
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
     emax_j: float | None = Field(default=None, gt=0)
@@ -128,6 +144,10 @@ class BudgetSettings(_Section):
     alpha: float = Field(default=0.05, gt=0, le=1)
     lambda0: float = Field(default=0.1, ge=0)
     margin: float = Field(default=0.01, ge=0, lt=0.5)
+    envelope: Literal["auto", "matched", "absolute"] = "auto"
+    spend: Literal["useful", "all"] = "useful"
+    tighten: float = Field(default=0.25, ge=0, le=1)
+    settle: float = Field(default=0.5, ge=0, le=1)
 
 
 class TrainSettings(_Section):
@@ -135,8 +155,8 @@ class TrainSettings(_Section):
 
     ``learning_rate`` is for directions and LoRA matrices, ``scale_learning_rate`` for their scales s,
     ``gate_learning_rate`` for controllers, ``threshold_learning_rate`` for thresholds (in spreads of
-    their layer's scores). ``max_energy_j`` is what a run's training may spend by the live meter, over all
-    restarts: evaluations and checkpoints in it count.
+    their layer's scores), ``block_learning_rate`` for those of whole blocks. ``max_energy_j`` is what a
+    run's training may spend by the live meter, over all restarts: evaluations and checkpoints in it count.
     """
 
     epochs: int = Field(default=3, ge=1)
@@ -145,6 +165,7 @@ class TrainSettings(_Section):
     learning_rate: float = Field(default=3e-5, gt=0)
     gate_learning_rate: float = Field(default=1e-3, gt=0)
     threshold_learning_rate: float = Field(default=0.03, gt=0)
+    block_learning_rate: float = Field(default=0.1, gt=0)
     scale_learning_rate: float = Field(default=0.02, gt=0)
     warmup_steps: int = Field(default=500, ge=0)
     batch_size: int = Field(default=4, ge=1)

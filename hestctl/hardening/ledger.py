@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hestctl.model.gates import FULL, INT8, OFF
+from hestctl.records import FULL, INT8, OFF
 
 _FINE_BITS = 20
 _BLOCK = 16

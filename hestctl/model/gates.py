@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hestctl.energy.model import GateKind
+from hestctl.model.blockgate import BlockGate
 from hestctl.model.controller import FactorisedController, UnfactorisedController
-
-OFF, INT8, FULL = 0, 1, 2
+from hestctl.records import FULL, INT8, OFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,8 @@ class OrdinalGate(nn.Module):
     not alike in every layer, so everything is measured in each layer's own spread of scores, which
     ``spread_over`` finds before step 0: ``c1 = centre + spread * threshold``, and beta is in inverse
     spreads. ``states`` names the states on offer: the table of energies drops int8 where it is not
-    cheaper than full precision.
+    cheaper than full precision. ``blocks`` chooses the states of the layers' own blocks (scope network),
+    from the same controller's layer scores.
     """
 
     kind: GateKind = "ordinal"
@@ -82,10 +83,12 @@ class OrdinalGate(nn.Module):
         *,
         tau: float,
         states: tuple[int, ...],
+        blocks: BlockGate | None = None,
     ) -> None:
         super().__init__()
         self.controller = controller
         self.tau = tau
+        self.blocks = blocks
         # Staggered, so that every state is in use from the start.
         self.threshold = nn.Parameter(torch.linspace(-1.5, 1.0, rank).repeat(layers, 1))
         self.gap = nn.Parameter(torch.full((layers, rank), math.log(math.e - 1)))
@@ -117,6 +120,11 @@ class OrdinalGate(nn.Module):
 
     def logits(self, x_BTD: Tensor, layer: int) -> Tensor:
         return self.logits_of(self.scores(x_BTD, layer), self.threshold[layer], self.gap[layer])
+
+    def block_logits(self) -> Tensor:
+        """Logits (L, 2, S) of the blocks' states; only where the gate has ``blocks``."""
+        assert self.blocks is not None
+        return self.blocks.logits(self.controller.layer_scores())
 
     def draw(self, x_BTD: Tensor, layer: int, noise: GateNoise | None) -> Draw:
         logits = self.logits(x_BTD, layer)

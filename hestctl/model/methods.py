@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hestctl.model.controller import FactorisedController, UnfactorisedController
-from hestctl.model.gates import FULL, INT8, OFF, Gate, LinearGate, OrdinalGate, StaticGate
+from hestctl.model.gates import Gate, LinearGate, OrdinalGate, StaticGate
 from hestctl.model.spectral import SpectralAdapters
+from hestctl.records import FULL, INT8, OFF
 from hestctl.settings import MethodSettings
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from hestctl.kernels.reference import int8_linear_ste
-from hestctl.model.gates import FULL, INT8, Gate
+from hestctl.model.gates import Gate
+from hestctl.records import FULL, INT8
 
 
 class SpectralAdapters(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hestctl.hardening.ledger import Ledger, Tariff, incomes
-from hestctl.model.gates import FULL, INT8
+from hestctl.records import FULL, INT8
 
 
 def make(costs_j, emax_j, work, *, layers=3, rank=5, margin=0.01, seed=0, uses_int8=True):

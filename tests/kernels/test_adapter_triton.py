@@ -13,8 +13,9 @@ from hestctl.generation.fused import FusedDecode, fused_weights, why_not_fused
 from hestctl.generation.hardpass import HardPass
 from hestctl.hardening.ledger import Ledger, Tariff, incomes
 from hestctl.model.controller import FactorisedController, UnfactorisedController
-from hestctl.model.gates import FULL, OFF, LinearGate, OrdinalGate, StaticGate
+from hestctl.model.gates import LinearGate, OrdinalGate, StaticGate
 from hestctl.model.spectral import SpectralAdapters, normalise
+from hestctl.records import FULL, OFF
 
 pytest.importorskip("triton", reason="triton is not installed")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hestctl.kernels.reference import int8_linear, int8_linear_ste, int8_matmul, quantise_rows
-from hestctl.model.gates import FULL, INT8, OFF, GateNoise, OrdinalGate
+from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.methods import METHODS, build_tuner
 from hestctl.model.spectral import applied, normalise
+from hestctl.records import FULL, INT8, OFF
 from hestctl.settings import MethodSettings
 from hestctl.training.gatepass import GatePass
 

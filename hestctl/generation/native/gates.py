@@ -21,8 +21,8 @@ from hestctl.generation.native.prompts import Prompts
 from hestctl.hardening.plan import Plan
 from hestctl.kernels.adapter import AdapterWeights
 from hestctl.kernels.int8 import Int8Linear
-from hestctl.model.gates import FULL, INT8
 from hestctl.model.spectral import SpectralAdapters, normalise
+from hestctl.records import FULL, INT8
 
 
 class Directions:
