@@ -10,12 +10,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.budget import Budget, Multiplier
@@ -23,6 +22,7 @@ from hestctl.data.prompts import Encoded, TrainBatch, train_batch
 from hestctl.errors import HestError
 from hestctl.model.backbone import Backbone
 from hestctl.model.gates import GateNoise, OrdinalGate
+from hestctl.model.likelihood import answer_loss, last_hidden
 from hestctl.model.methods import Tuner
 from hestctl.model.spectral import applied, normalise
 from hestctl.records import StepMetric
@@ -84,7 +84,7 @@ class Trainer:
         if spectral is None or not isinstance(spectral.gate, OrdinalGate):
             return
         gate = spectral.gate
-        batch = self._to_device(train_batch(self._rows[: self._effective], self.backbone.pad_id))
+        batch = self._batch(self._rows[: self._effective])
         seen: list[Tensor] = []
 
         def look(layer: int, hidden: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class Trainer:
 
         with torch.no_grad():
             with applied(self.backbone.layers, look), self._precision():
-                self._hidden(batch)
+                last_hidden(self.backbone, batch)
             score_LN = torch.stack(seen).float()
             gate.spread_over(score_LN.mean(1), score_LN.std(1))
             if self.budget is not None:
@@ -234,14 +234,14 @@ class Trainer:
         shares: list[tuple[float, float, float]] = []
         for micro, start in enumerate(range(0, len(rows), self._micro_size)):
             part = rows[start : start + self._micro_size]
-            batch = self._to_device(train_batch(part, self.backbone.pad_id))
+            batch = self._batch(part)
             gates = self._gates(batch, micro)
             change = applied(self.backbone.layers, gates) if gates else nullcontext()
             # Open during the backward pass too: some versions of transformers recompute a checkpointed
             # layer together with its hooks.
             with change:
                 with self._precision():
-                    task = self._answer_loss(batch) / answer_tokens
+                    task = answer_loss(self.backbone, batch) / answer_tokens
                 loss = task
                 totals.task += float(task.detach())
                 if gates is not None:
@@ -278,30 +278,14 @@ class Trainer:
             return torch.ones_like(tokens_B)
         return self.budget.num_beams * (batch.prompt_tokens + self.budget.new_tokens) / tokens_B
 
-    def _answer_loss(self, batch: TrainBatch) -> Tensor:
-        """Summed negative log-likelihood of the answer tokens (nats); logits only where they count."""
-        hidden_BTD = self._hidden(batch)[:, :-1]
-        target_BT = batch.labels[:, 1:]
-        wanted_BT = target_BT != -100
-        logits_NV = self.backbone.model.lm_head(hidden_BTD[wanted_BT])
-        return F.cross_entropy(logits_NV.float(), target_BT[wanted_BT], reduction="sum")
-
-    def _hidden(self, batch: TrainBatch) -> Tensor:
-        out = self.backbone.model.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
-
     def _precision(self) -> Any:
         device = self.backbone.device
         if device.type != "cuda" or self.backbone.dtype == torch.float32:
             return nullcontext()
         return torch.autocast("cuda", self.backbone.dtype)
 
-    def _to_device(self, batch: TrainBatch) -> TrainBatch:
-        fields = {name: getattr(batch, name).to(self.backbone.device) for name in TrainBatch.__slots__}
-        return replace(batch, **fields)
+    def _batch(self, rows: Sequence[Encoded]) -> TrainBatch:
+        return train_batch(rows, self.backbone.pad_id).to(self.backbone.device)
 
     def _metric(
         self, rows: list[Encoded], totals: _Totals, norm: float, rate: float, seconds: float
