@@ -16,6 +16,7 @@ from hestctl.hardening.plan import Plan
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
+from hestctl.records import BlockStates
 from hestctl.settings import BackbonePrecision, EngineName
 
 
@@ -67,12 +68,15 @@ class EngineKind:
     reason: str | None
     precision: BackbonePrecision = "full"
     choices: Choices | None = None
+    blocks: BlockStates | None = None
 
     def make(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> Engine:
         """Raises HestError (usage) for a backbone that has changed so that the engine cannot run it."""
         if self.name == Generator.engine:
             return Generator(backbone, adapters, plan)
-        return NativeGenerator(backbone, adapters, plan, precision=self.precision, choices=self.choices)
+        int8 = self.precision == "int8" or (self.blocks is not None and self.blocks.uses_int8)
+        precision: BackbonePrecision = "int8" if int8 else "full"
+        return NativeGenerator(backbone, adapters, plan, precision=precision, choices=self.choices)
 
     def told(self, engine: Engine) -> dict[str, Any]:
         """What was chosen, and why, for the record of a run that ``engine`` generates for."""

@@ -327,9 +327,9 @@ class _Bench:
         return None
 
     def _table(self, variant: Variant) -> EnergyTable:
-        """One table a precision and engine: other prices at every point would be other plans."""
+        """One table an engine: other prices at every point would be other plans."""
         s, recorder = variant.settings, self.recorders[variant.text]
-        key = f"{s.backbone.precision} {recorder.run.engine}"
+        key = recorder.run.engine or ""
         if key not in self.tables:
             self.tables[key] = energy_table(s, self.backbone, self.meter, self.store, recorder, self.progress)
         recorder.run.calibration_id = self.tables[key].calibration_id
