@@ -19,7 +19,8 @@ _PRECISION = 0.05
 
 def concerns(target: Target) -> bool:
     """Whether kernels are to be chosen: where int8 runs, or may run faster than elsewhere."""
-    return target.engine.precision == "int8" or target.backbone.device.type == "cuda"
+    blocks = target.engine.blocks
+    return (blocks is not None and blocks.uses_int8) or target.backbone.device.type == "cuda"
 
 
 def shapes(target: Target, rows: Iterable[int]) -> list[Shape]:

@@ -47,7 +47,7 @@ _CALL_S = 0.005
 
 def table_key(target: Target, meter: Meter) -> TableKey:
     """What a table of this target on this device is of, and what else its figures depend on."""
-    backbone, method = target.backbone, target.method
+    backbone, method, blocks = target.backbone, target.method, target.engine.blocks
     config = backbone.model.config
     return TableKey(
         subject={
@@ -55,7 +55,7 @@ def table_key(target: Target, meter: Meter) -> TableKey:
             "shape": f"{backbone.num_layers}x{backbone.hidden_size}x{config.intermediate_size}"
             f"/{config.num_attention_heads}:{config.num_key_value_heads}/{config.vocab_size}",
             "dtype": str(backbone.dtype).removeprefix("torch."),
-            "precision": target.engine.precision,
+            "precision": "int8" if blocks is not None and blocks.uses_int8 else "full",
             "engine": target.engine.name,
             "rank": str(method.rank),
             "width": str(method.controller_width),

@@ -113,7 +113,7 @@ def energy_table(
 
 def target_of(settings: Settings, backbone: Backbone) -> Target:
     """What these settings calibrate and run. Raises HestError (usage) for an engine that cannot run it."""
-    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    engine = engine_for(backbone, settings.generation.engine, settings.backbone.blocks(backbone.num_layers))
     return Target(backbone, engine, settings.method)
 
 

@@ -23,7 +23,7 @@ from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import EngineKind
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone, tiny_backbone
-from hestctl.records import EnergyKind
+from hestctl.records import INT8, BlockStates, EnergyKind
 from hestctl.settings import EnergySettings, MethodSettings
 
 IDLE_W, PREFILL_W, DECODE_W = 125.0, 700.0, 450.0
@@ -202,7 +202,11 @@ def test_kernels_are_chosen_where_int8_runs_and_cost_nothing_where_one_alone_can
     kept: list[Choices] = []
     with Meter(board, clock=board.clock, pace=board.clock) as meter:
         calibration = Calibration(
-            Target(backbone, EngineKind("hestctl", None, "int8"), MethodSettings()),
+            Target(
+                backbone,
+                EngineKind("hestctl", None, BlockStates.uniform(backbone.num_layers, INT8)),
+                MethodSettings(),
+            ),
             EnergySettings(lengths=LENGTHS),
             meter,
             Quiet(),
@@ -223,7 +227,8 @@ def test_kernels_are_chosen_where_int8_runs_and_cost_nothing_where_one_alone_can
     for part in layer_weights(backbone.layers[0]):
         kernels = choices.kernels(sum(len(weight) for weight in part), part[0].shape[1])
         assert set(kernels.values()) == {"torch._int_mm"}
-    note = EngineKind("hestctl", None, "int8", choices).make(backbone, None, None).notes["kernels"]
+    int8 = BlockStates.uniform(backbone.num_layers, INT8)
+    note = EngineKind("hestctl", None, int8, choices).make(backbone, None, None).notes["kernels"]
     assert isinstance(note, dict)
     assert {"the only one that runs here" in told for told in note.values()} == {True}
 
