@@ -185,10 +185,10 @@ def test_memory_running_out_halves_the_micro_batch_and_keeps_the_step(samples, m
 def test_memory_for_not_even_one_sample_is_an_error_that_says_what_to_do(samples, monkeypatch):
     trainer = trainer_for("lora", samples(2))
 
-    def never(batch):
+    def never(backbone, batch):
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(trainer, "_hidden", never)
+    monkeypatch.setattr("hestctl.training.loop.answer_loss", never)
     with pytest.raises(HestError, match="one sample at a time") as caught:
         losses(trainer)
     assert "--max-tokens" in caught.value.hint
