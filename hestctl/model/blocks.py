@@ -80,15 +80,20 @@ def int8_inside(block: nn.Module, codes: Int8Codes) -> Iterator[None]:
     """While open, the linear layers of one attention or MLP compute in int8."""
     with ExitStack() as undo:
         for linear in block.modules():
-            if isinstance(linear, nn.Linear):
+            # What is trained beside a weight (LoRA's matrices) changes too often to have codes.
+            if isinstance(linear, nn.Linear) and not linear.weight.requires_grad:
                 _patch(linear, partial(_int8_forward, linear, codes), undo)
         yield
 
 
 def _patch(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
     # On the instance: nn.Module calls self.forward, and deleting it shows the class's own again.
+    before = vars(module).get("forward")
     module.forward = forward
-    undo.callback(delattr, module, "forward")
+    if before is None:
+        undo.callback(delattr, module, "forward")
+    else:
+        undo.callback(setattr, module, "forward", before)
 
 
 def _int8_forward(module: nn.Linear, codes: Int8Codes, x: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class _Bench:
         s, backbone = variant.settings, self.backbone
         if variant.text not in self.kinds:
             self.kinds[variant.text] = with_kernels(
-                engine_for(backbone, s.generation.engine, s.backbone.precision),
+                engine_for(backbone, s.generation.engine, s.backbone.blocks(backbone.num_layers)),
                 stored_table(s, backbone, self.meter, self.store, self.progress),
             )
         kind = self.kinds[variant.text]
