@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from hestctl.energy.protocol import Unavailable
+from hestctl.records import BlockStates
 
 GateKind = Literal["ordinal", "linear", "static"]
 Phase = Literal["prefill", "decode"]
@@ -67,6 +68,43 @@ class LayerMatmuls:
     rows: int
     full: Cost
     int8: Cost
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """Joules of one batch as a function of its lengths, P prompt and N new tokens in each sequence.
+
+    prefill = call + P * token + P^2 * token2; decode = steps * step + context * context_j, with
+    steps = max(0, N - 1) and context = steps * P + steps * (steps + 1) / 2.
+    """
+
+    call_j: float = 0.0
+    token_j: float = 0.0
+    token2_j: float = 0.0
+    step_j: float = 0.0
+    context_j: float = 0.0
+
+    def prefill_j(self, prompt_tokens: int) -> float:
+        """Joules of the prefill of ``prompt_tokens`` in each sequence, the first new token included."""
+        return self.call_j + self.token_j * prompt_tokens + self.token2_j * prompt_tokens**2
+
+    def decode_j(self, prompt_tokens: int, new_tokens: int) -> float:
+        """Joules of the decode steps that follow, ``new_tokens - 1`` of them."""
+        steps, context = _decode_terms(prompt_tokens, new_tokens)
+        return self.step_j * steps + self.context_j * context
+
+    def total_j(self, prompt_tokens: int, new_tokens: int) -> float:
+        return self.prefill_j(prompt_tokens) + self.decode_j(prompt_tokens, new_tokens)
+
+    def plus(self, other: Terms) -> Terms:
+        return Terms(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def times(self, factor: float) -> Terms:
+        return Terms(*(factor * getattr(self, name) for name in self.__slots__))
+
+    @classmethod
+    def zero(cls) -> Terms:
+        return cls()
 
 
 class PhaseJoules(NamedTuple):
@@ -181,6 +219,38 @@ class EnergyModel:
             prefill_j -= self._saved_j("prefill", rows, layer_states) * rows * longest
             decode_j -= self._saved_j("decode", rows, layer_states) * rows * steps
         return PhaseJoules(prefill_j, decode_j)
+
+    def generation(
+        self, batch_size: int, num_beams: int, gate: GateKind | None, blocks: BlockStates | None
+    ) -> Terms | Unavailable:
+        """The bill of one batch without the directions' own prices; ``blocks`` None: all full."""
+        if blocks is not None and not blocks.all_full:
+            return Unavailable("blocks were not calibrated")
+        costs = self.passes(batch_size, num_beams)
+        if isinstance(costs, Unavailable):
+            return costs
+        bill = Terms(costs.call_j, costs.token_j, costs.token2_j, costs.step_j, costs.context_j)
+        if gate is None:
+            return bill
+        for a in self.adapters:
+            if (a.gate, a.batch_size, a.num_beams) == (gate, batch_size, num_beams):
+                return bill.plus(Terms(token_j=a.prefill.joules, step_j=a.decode.joules))
+        return Unavailable(f"the {gate} gate was not calibrated at batch {batch_size} x {num_beams}")
+
+    def component(self, batch_size: int, num_beams: int, block: int, state: int) -> Terms | Unavailable:
+        """Joules of one layer's block in a state, of the whole batch."""
+        return Unavailable("blocks were not calibrated")
+
+    def fit_error(self, batch_size: int, num_beams: int) -> float | Unavailable:
+        """The largest relative deviation of a calibrated generation from the fit."""
+        costs = self.passes(batch_size, num_beams)
+        return costs if isinstance(costs, Unavailable) else costs.worst
+
+    def padded(self, batch_size: int, num_beams: int) -> int | Unavailable:
+        """The smallest calibrated batch size of at least ``batch_size`` at these beams."""
+        sizes = [p.batch_size for p in self.points if p.num_beams == num_beams]
+        fit = [size for size in sizes if size >= batch_size]
+        return min(fit) if fit else Unavailable(f"no batch of {batch_size} or more was calibrated")
 
     def matmuls_j(self, phase: Phase, rows: int, state: Literal["int8", "full"]) -> float | None:
         """Joules per row and token of all layers' MatMuls in one state; None where it was not measured."""
