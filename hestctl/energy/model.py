@@ -119,6 +119,31 @@ class PhaseJoules(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """Joules of one batch's generation, by what they grow with."""
+
+    call_j: float = 0.0
+    token_j: float = 0.0
+    token2_j: float = 0.0
+    step_j: float = 0.0
+    context_j: float = 0.0
+
+    @classmethod
+    def zero(cls) -> Terms:
+        return cls()
+
+    def prefill_j(self, prompt_tokens: float) -> float:
+        return self.call_j + self.token_j * prompt_tokens + self.token2_j * prompt_tokens**2
+
+    def decode_j(self, prompt_tokens: float, new_tokens: float) -> float:
+        steps = max(0.0, new_tokens - 1)
+        return self.step_j * steps + self.context_j * (steps * prompt_tokens + steps * (steps + 1) / 2)
+
+    def total_j(self, prompt_tokens: float, new_tokens: float) -> float:
+        return self.prefill_j(prompt_tokens) + self.decode_j(prompt_tokens, new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class PassCosts:
     """The fitted coefficients (J) of one batch size and beam width.
 

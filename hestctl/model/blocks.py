@@ -72,14 +72,22 @@ def in_states(
                 state = states.state(index, block)
                 on = None if on_L2 is None else on_L2[index, block]
                 if state == INT8:
-                    for linear in module.modules():
-                        if isinstance(linear, nn.Linear):
-                            _patch(linear, partial(_int8_forward, linear, codes), undo)
+                    undo.enter_context(int8_inside(module, codes))
                 if on is not None:
                     _patch(module, partial(_scaled, module.forward, on, computed=state != OFF), undo)
                 elif state == OFF:
                     nothing = _computed_nothing if cached else _nothing
                     _patch(module, partial(nothing, module.forward, block), undo)
+        yield
+
+
+@contextmanager
+def int8_inside(block: nn.Module, codes: Int8Codes) -> Iterator[None]:
+    """While open, the linear layers of one attention or MLP compute in int8."""
+    with ExitStack() as undo:
+        for linear in block.modules():
+            if isinstance(linear, nn.Linear):
+                _patch(linear, partial(_int8_forward, linear, codes), undo)
         yield
 
 

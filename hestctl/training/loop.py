@@ -9,25 +9,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.budget import Budget, Multiplier
 from hestctl.data.prompts import Encoded, TrainBatch, train_batch
 from hestctl.errors import HestError
 from hestctl.model.backbone import Backbone
+from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.gates import GateNoise, OrdinalGate
+from hestctl.model.likelihood import answer_loss, last_hidden
 from hestctl.model.methods import Tuner
 from hestctl.model.spectral import applied, normalise
 from hestctl.records import StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
+from hestctl.training.network import BlockDraw, BlockTraining
 
 
 @dataclass(slots=True)
@@ -42,7 +44,8 @@ class Trainer:
     """Trains one tuner on one backbone.
 
     ``costs_j`` are joules per direction and token of (off, int8, full). ``budget`` is None for
-    methods that no budget binds; their energy is reported all the same.
+    methods that no budget binds; their energy is reported all the same. ``blocks`` are the states of the
+    layers' blocks, learned or fixed; None runs the backbone as it is and counts the directions alone.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class Trainer:
         costs_j: tuple[float, float, float],
         budget: Budget | None,
         multiplier: Multiplier | None,
+        blocks: BlockTraining | None = None,
     ) -> None:
         self.backbone = backbone
         self.tuner = tuner
         self.budget = budget
         self.multiplier = multiplier
+        self.blocks = blocks
         self.step = 0
+        self._codes = Int8Codes()
         self._rows = rows
         self._settings = settings
         self._costs_j = costs_j
@@ -84,7 +90,7 @@ class Trainer:
         if spectral is None or not isinstance(spectral.gate, OrdinalGate):
             return
         gate = spectral.gate
-        batch = self._to_device(train_batch(self._rows[: self._effective], self.backbone.pad_id))
+        batch = self._batch(self._rows[: self._effective])
         seen: list[Tensor] = []
 
         def look(layer: int, hidden: Tensor) -> Tensor:
@@ -93,10 +99,12 @@ class Trainer:
 
         with torch.no_grad():
             with applied(self.backbone.layers, look), self._precision():
-                self._hidden(batch)
+                last_hidden(self.backbone, batch)
             score_LN = torch.stack(seen).float()
             gate.spread_over(score_LN.mean(1), score_LN.std(1))
-            if self.budget is not None:
+            if self.blocks is not None:
+                self.blocks.start(batch.prompt_tokens.tolist(), self._new_tokens)
+            elif self.budget is not None:
                 share = self._budget_share(batch)
                 gate.threshold.add_(_shift_to(gate, score_LN, share, self._costs_j))
 
@@ -144,7 +152,10 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             metric = self._metric(rows, totals, float(norm), rate, time.perf_counter() - started)
             if self.multiplier is not None and self.step >= self._warmup:
-                self.multiplier.step(metric.energy_ratio or 0.0)
+                ratio = metric.energy_ratio or 0.0
+                if self.blocks is not None:
+                    ratio /= self.blocks.looseness(self.step + 1 - self._warmup, ratio)
+                self.multiplier.step(ratio)
             self.step += 1
             yield metric
 
@@ -157,6 +168,7 @@ class Trainer:
         return tensors, {
             "multiplier": [self.multiplier.value, self.multiplier.excess] if self.multiplier else None,
             "scaler": self._scaler.state_dict(),
+            "blocks": self.blocks.state() if self.blocks else None,
         }
 
     def restore(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -174,6 +186,8 @@ class Trainer:
         if self.multiplier is not None:
             self.multiplier.value, self.multiplier.excess = state["multiplier"]
         self._scaler.load_state_dict(state["scaler"])
+        if self.blocks is not None:
+            self.blocks.restore(state["blocks"])
 
     @property
     def _warmup(self) -> int:
@@ -188,6 +202,7 @@ class Trainer:
             "projection": {"lr": s.gate_learning_rate * 16 / self.backbone.hidden_size, "weight_decay": 0.0},
             "controller": {"lr": s.gate_learning_rate, "weight_decay": 0.0},
             "thresholds": {"lr": s.threshold_learning_rate, "weight_decay": 0.0},
+            "blocks": {"lr": s.block_learning_rate, "weight_decay": 0.0},
         }
         for name, parameter in self.tuner.named_parameters().items():
             groups[_group(name)].setdefault("params", []).append(parameter)
@@ -234,18 +249,19 @@ class Trainer:
         shares: list[tuple[float, float, float]] = []
         for micro, start in enumerate(range(0, len(rows), self._micro_size)):
             part = rows[start : start + self._micro_size]
-            batch = self._to_device(train_batch(part, self.backbone.pad_id))
-            gates = self._gates(batch, micro)
-            change = applied(self.backbone.layers, gates) if gates else nullcontext()
+            batch = self._batch(part)
+            noise = GateNoise(self._settings.seed, self.step, micro)
+            gates = self._gates(batch, noise)
+            drawn = None if self.blocks is None else self.blocks.draw(self.step, noise)
             # Open during the backward pass too: some versions of transformers recompute a checkpointed
             # layer together with its hooks.
-            with change:
+            with self._blocks_run(drawn), applied(self.backbone.layers, gates) if gates else nullcontext():
                 with self._precision():
-                    task = self._answer_loss(batch) / answer_tokens
+                    task = answer_loss(self.backbone, batch) / answer_tokens
                 loss = task
                 totals.task += float(task.detach())
                 if gates is not None:
-                    loss = task + self._energy_term(gates, batch, len(rows), totals)
+                    loss = task + self._energy_term(gates, drawn, batch, rows, totals)
                     shares.append(gates.shares())
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         if shares:
@@ -254,22 +270,53 @@ class Trainer:
         return totals
 
     def _energy_term(
-        self, gates: GatePass, batch: TrainBatch, samples: int, totals: _Totals
+        self,
+        gates: GatePass,
+        drawn: BlockDraw | None,
+        batch: TrainBatch,
+        rows: list[Encoded],
+        totals: _Totals,
     ) -> Tensor | float:
         """This micro-batch's part of ``weight * E / E_max``; adds its joules to the totals."""
         to_generation_B = self._to_generation(batch)
-        expected = (gates.expected_j() * to_generation_B).sum() / samples
+        expected = (gates.expected_j() * to_generation_B).sum() / len(rows)
+        decided_j = float((gates.decided_j() * to_generation_B).sum()) / len(rows)
+        term: Tensor | float = 0.0
+        if self.blocks is not None and drawn is not None:
+            blocks, blocks_j = self.blocks.energy_j(drawn, batch.prompt_tokens.tolist(), self._new_tokens)
+            expected = expected + blocks / len(rows)
+            decided_j += blocks_j / len(rows)
+            term = self.blocks.int8_term(drawn) * len(batch.prompt_tokens) / len(rows)
         totals.expected_j += float(expected.detach())
-        totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / samples
+        totals.decided_j += decided_j
         if self.budget is None or self.multiplier is None:
-            return 0.0
-        return self.multiplier.weight * expected / self.budget.emax_j
+            return term
+        return term + self.multiplier.weight * expected / self._emax_j(rows)
 
-    def _gates(self, batch: TrainBatch, micro: int) -> GatePass | None:
+    def _emax_j(self, rows: Sequence[Encoded]) -> float:
+        """E_max of these samples' generations, their mean (J)."""
+        assert self.budget is not None
+        if self.blocks is None or self.blocks.prices.emax is None:
+            return self.budget.emax_j
+        emax = self.blocks.prices.emax
+        return sum(emax.total_j(len(row.prompt_ids), self._new_tokens) for row in rows) / len(rows)
+
+    def _blocks_run(self, drawn: BlockDraw | None) -> AbstractContextManager[None]:
+        if drawn is None or (drawn.on_L2 is None and drawn.states.all_full):
+            return nullcontext()
+        return in_states(self.backbone.layers, drawn.states, self._codes, on_L2=drawn.on_L2)
+
+    def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:
             return None
-        noise = GateNoise(self._settings.seed, self.step, micro)
         return GatePass(self.tuner.spectral, batch.attention_mask, self._costs_j, noise)
+
+    @property
+    def _new_tokens(self) -> float:
+        """What a generated sample is expected to have; without a budget, the mean of the answers."""
+        if self.budget is not None:
+            return self.budget.new_tokens
+        return sum(len(row.answer_ids) for row in self._rows) / len(self._rows)
 
     def _to_generation(self, batch: TrainBatch) -> Tensor:
         """Per sequence: token positions of its generation over those of its training, (B,)."""
@@ -278,38 +325,23 @@ class Trainer:
             return torch.ones_like(tokens_B)
         return self.budget.num_beams * (batch.prompt_tokens + self.budget.new_tokens) / tokens_B
 
-    def _answer_loss(self, batch: TrainBatch) -> Tensor:
-        """Summed negative log-likelihood of the answer tokens (nats); logits only where they count."""
-        hidden_BTD = self._hidden(batch)[:, :-1]
-        target_BT = batch.labels[:, 1:]
-        wanted_BT = target_BT != -100
-        logits_NV = self.backbone.model.lm_head(hidden_BTD[wanted_BT])
-        return F.cross_entropy(logits_NV.float(), target_BT[wanted_BT], reduction="sum")
-
-    def _hidden(self, batch: TrainBatch) -> Tensor:
-        out = self.backbone.model.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
-
     def _precision(self) -> Any:
         device = self.backbone.device
         if device.type != "cuda" or self.backbone.dtype == torch.float32:
             return nullcontext()
         return torch.autocast("cuda", self.backbone.dtype)
 
-    def _to_device(self, batch: TrainBatch) -> TrainBatch:
-        fields = {name: getattr(batch, name).to(self.backbone.device) for name in TrainBatch.__slots__}
-        return replace(batch, **fields)
+    def _batch(self, rows: Sequence[Encoded]) -> TrainBatch:
+        return train_batch(rows, self.backbone.pad_id).to(self.backbone.device)
 
     def _metric(
         self, rows: list[Encoded], totals: _Totals, norm: float, rate: float, seconds: float
     ) -> StepMetric:
-        ratio = None if self.budget is None else totals.decided_j / self.budget.emax_j
+        emax_j = None if self.budget is None else self._emax_j(rows)
+        ratio = None if emax_j is None else totals.decided_j / emax_j
         penalty = 0.0
-        if self.budget is not None and self.multiplier is not None:
-            penalty = self.multiplier.weight * (totals.expected_j / self.budget.emax_j - 1)
+        if emax_j is not None and self.multiplier is not None:
+            penalty = self.multiplier.weight * (totals.expected_j / emax_j - 1)
         off, int8, full = totals.shares or (None, None, None)
         tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         return StepMetric(
@@ -334,6 +366,8 @@ def _group(name: str) -> str:
     """The parameter group of a tensor: each has its own learning rate."""
     if name in ("gate.threshold", "gate.gap", "gate.log_beta"):
         return "thresholds"
+    if name.startswith("gate.blocks."):
+        return "blocks"
     if name in ("gate.controller.token", "gate.weight"):
         return "projection"
     if name.startswith("gate."):
