@@ -84,16 +84,16 @@ class Terms:
     step_j: float = 0.0
     context_j: float = 0.0
 
-    def prefill_j(self, prompt_tokens: int) -> float:
+    def prefill_j(self, prompt_tokens: float) -> float:
         """Joules of the prefill of ``prompt_tokens`` in each sequence, the first new token included."""
         return self.call_j + self.token_j * prompt_tokens + self.token2_j * prompt_tokens**2
 
-    def decode_j(self, prompt_tokens: int, new_tokens: int) -> float:
+    def decode_j(self, prompt_tokens: float, new_tokens: float) -> float:
         """Joules of the decode steps that follow, ``new_tokens - 1`` of them."""
-        steps, context = _decode_terms(prompt_tokens, new_tokens)
-        return self.step_j * steps + self.context_j * context
+        steps = max(0.0, new_tokens - 1)
+        return self.step_j * steps + self.context_j * (steps * prompt_tokens + steps * (steps + 1) / 2)
 
-    def total_j(self, prompt_tokens: int, new_tokens: int) -> float:
+    def total_j(self, prompt_tokens: float, new_tokens: float) -> float:
         return self.prefill_j(prompt_tokens) + self.decode_j(prompt_tokens, new_tokens)
 
     def plus(self, other: Terms) -> Terms:
@@ -116,31 +116,6 @@ class PhaseJoules(NamedTuple):
     @property
     def total_j(self) -> float:
         return self.prefill_j + self.decode_j
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """Joules of one batch's generation, by what they grow with."""
-
-    call_j: float = 0.0
-    token_j: float = 0.0
-    token2_j: float = 0.0
-    step_j: float = 0.0
-    context_j: float = 0.0
-
-    @classmethod
-    def zero(cls) -> Terms:
-        return cls()
-
-    def prefill_j(self, prompt_tokens: float) -> float:
-        return self.call_j + self.token_j * prompt_tokens + self.token2_j * prompt_tokens**2
-
-    def decode_j(self, prompt_tokens: float, new_tokens: float) -> float:
-        steps = max(0.0, new_tokens - 1)
-        return self.step_j * steps + self.context_j * (steps * prompt_tokens + steps * (steps + 1) / 2)
-
-    def total_j(self, prompt_tokens: float, new_tokens: float) -> float:
-        return self.prefill_j(prompt_tokens) + self.decode_j(prompt_tokens, new_tokens)
 
 
 @dataclass(frozen=True, slots=True)

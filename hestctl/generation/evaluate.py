@@ -205,7 +205,7 @@ def _ran(generator: Engine, counts_QLS: Tensor, prompt_tokens: Sequence[int], nu
     assert generator.adapters is not None
     rank = generator.adapters.shape[2]
     prompts = 1 if generator.engine == NativeGenerator.engine else num_beams
-    positions_Q = (counts_QLS[:, 0].sum(-1) // rank).tolist()
+    positions_Q: list[int] = (counts_QLS[:, 0].sum(-1) // rank).tolist()
     return max(1 + (p - prompts * n) // num_beams for p, n in zip(positions_Q, prompt_tokens, strict=True))
 
 

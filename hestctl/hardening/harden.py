@@ -17,7 +17,7 @@ from hestctl.energy.model import Terms
 from hestctl.energy.table import EnergyTable
 from hestctl.hardening.network import Blocks, settle
 from hestctl.hardening.plan import PLAN_VERSION, Energies, Plan
-from hestctl.hardening.repair import LONGEST, Lengths
+from hestctl.hardening.repair import Lengths
 from hestctl.model.backbone import Backbone
 from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.gates import OrdinalGate
@@ -75,7 +75,7 @@ def harden(
     if blocks is None:
         blocks = Blocks(BlockStates.uniform(layers))
     codes = blocks.codes or Int8Codes()
-    lengths = _lengths(rows, budget, generation)
+    lengths = Lengths.of([len(row.prompt_ids) for row in rows], budget, generation.new_tokens)
 
     def look(states: BlockStates) -> list[_Look]:
         return [_look(backbone, adapters, row, budget, table, states, codes) for row in rows]
@@ -132,18 +132,6 @@ def harden(
         ratios = [j / most for j, most in zip(hardened, emax, strict=True)]
         energies = replace(energies, emax_j=_mean(emax), worst_ratio=max(ratios))
     return replace(plan, energies=energies)
-
-
-def _lengths(rows: Sequence[Encoded], budget: Budget | None, generation: GenerationSettings) -> Lengths:
-    prompts = [len(row.prompt_ids) for row in rows]
-    prompt_tokens, new_tokens = _mean(prompts), float(generation.new_tokens)
-    longest = LONGEST
-    if budget is not None:
-        prompt_tokens, new_tokens = budget.prompt_tokens or prompt_tokens, budget.new_tokens
-        if budget.envelope == "absolute":
-            # One number cannot pay for every length: prompts beyond these get fewer new tokens.
-            longest = max(prompts)
-    return Lengths(max(1, round(prompt_tokens)), max(1, round(new_tokens)), longest, generation.new_tokens)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ Shape legend: L layers, 2 blocks (attention, MLP), S = 3 states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -73,28 +74,16 @@ def settle(
     batch_size, beams = plan.batch_size, plan.num_beams
     known = whole_model(model, batch_size, beams)
     sizes = calibrated_sizes(known, beams, batch_size)
-    error = max(calibrated(known.fit_error(size, beams), size, beams) for size in sizes)
-    margin = max(plan.margin, error)
-    states, choices = blocks.fixed, _kept(known, sizes[-1], beams, blocks, lengths)
+    margin = max(plan.margin, fit_error(known, beams, sizes))
     expected = decided = None
-    if blocks.logits_L2S is not None:
-        prices = [Prices.of(known, size, beams, blocks.fixed.layers, gate) for size in sizes]
-        expected, decided = prices[-1].expected(blocks.logits_L2S), prices[-1].base(blocks.decided)
-        states = blocks.decided
-        if budget is not None:
-            states, choices = mend(
-                prices,
-                budget.bills,
-                blocks.logits_L2S,
-                sensitivities=blocks.sensitivities,
-                spend=blocks.spend,
-                fit_error=error,
-                margin=margin,
-                position_j=position_j,
-                lengths=lengths,
-                ratio=budget.ratio,
-                emax_j=budget.emax_j,
-            )
+    if blocks.logits_L2S is None or budget is None:
+        states, choices = blocks.decided, _kept(known, sizes[-1], beams, blocks, lengths)
+    else:
+        prices = Prices.of(known, sizes[-1], beams, blocks.fixed.layers, gate)
+        expected, decided = prices.expected(blocks.logits_L2S), prices.base(blocks.decided)
+        states, choices = choose_blocks(
+            known, budget, blocks, gate=gate, margin=plan.margin, position_j=position_j, lengths=lengths
+        )
     emax = {} if budget is None else {bill.batch_size: bill.emax for bill in budget.bills}
     bills = tuple(
         Bill(
@@ -107,6 +96,43 @@ def settle(
         refuse_unreachable(bills, margin, lengths, emax_j=budget.emax_j, ratio=budget.ratio, what=what)
     mended = replace(plan, margin=margin, bills=bills, blocks=states, choices=choices)
     return Settled(mended, expected or bills[-1].base, decided or bills[-1].base)
+
+
+def choose_blocks(
+    model: EnergyModel,
+    budget: Budget,
+    blocks: Blocks,
+    *,
+    gate: GateKind,
+    margin: float,
+    position_j: float,
+    lengths: Lengths,
+) -> tuple[BlockStates, tuple[tuple[BlockChoice, BlockChoice], ...]]:
+    """States within the budget by ``blocks.logits_L2S``, and how each block came by its own.
+
+    ``margin`` is that of the settings, ``position_j`` as for ``settle``, and so are the errors.
+    """
+    assert blocks.logits_L2S is not None
+    sizes = [bill.batch_size for bill in budget.bills]
+    error = fit_error(model, budget.num_beams, sizes)
+    return mend(
+        [Prices.of(model, size, budget.num_beams, blocks.fixed.layers, gate) for size in sizes],
+        budget.bills,
+        blocks.logits_L2S,
+        sensitivities=blocks.sensitivities,
+        spend=blocks.spend,
+        fit_error=error,
+        margin=max(margin, error),
+        position_j=position_j,
+        lengths=lengths,
+        ratio=budget.ratio,
+        emax_j=budget.emax_j,
+    )
+
+
+def fit_error(model: EnergyModel, num_beams: int, sizes: Sequence[int]) -> float:
+    """The largest relative error of the model's fit at these batch sizes."""
+    return max(calibrated(model.fit_error(size, num_beams), size, num_beams) for size in sizes)
 
 
 def least_base(model: EnergyModel | None, budget: Budget, layers: int, gate: GateKind) -> tuple[Bill, ...]:
@@ -138,7 +164,7 @@ def _kept(
         return terms.total_j(lengths.prompt_tokens, lengths.new_tokens) / batch_size
 
     def choice(layer: int, block: int) -> BlockChoice:
-        state, s = blocks.fixed.state(layer, block), blocks.sensitivities
+        state, s = blocks.decided.state(layer, block), blocks.sensitivities
         saved_j = 0.0 if state == FULL else cost_j(block, FULL) - cost_j(block, state)
         harm = None if s is None else s.harm(layer, block)
         return BlockChoice(state, state, "fixed", None, saved_j, harm)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hestctl.budget import Bill, by_new_tokens, calibrated, most_j
+from hestctl.budget import Bill, Budget, by_new_tokens, calibrated, most_j
 from hestctl.energy.model import EnergyModel, GateKind, Terms
 from hestctl.errors import Exit, HestError
 from hestctl.hardening.plan import BlockChoice, Why
@@ -81,6 +81,17 @@ class Lengths:
     new_tokens: int
     longest: int
     max_new_tokens: int
+
+    @classmethod
+    def of(cls, prompts: Sequence[int], budget: Budget | None, max_new_tokens: int) -> Lengths:
+        """``prompts`` are the tokens of the reference's prompts."""
+        prompt_tokens, new_tokens, longest = sum(prompts) / len(prompts), float(max_new_tokens), LONGEST
+        if budget is not None:
+            prompt_tokens, new_tokens = budget.prompt_tokens or prompt_tokens, budget.new_tokens
+            if budget.envelope == "absolute":
+                # One number cannot pay for every length: prompts beyond these get fewer new tokens.
+                longest = max(prompts)
+        return cls(max(1, round(prompt_tokens)), max(1, round(new_tokens)), longest, max_new_tokens)
 
 
 @dataclass(frozen=True, slots=True)
