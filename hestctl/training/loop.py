@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -28,21 +28,30 @@ from hestctl.model.spectral import applied, normalise
 from hestctl.records import StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
+from hestctl.training.ranks import Ranks
 
 
 @dataclass(slots=True)
 class _Totals:
+    """Figures of an effective batch or of a rank's part of it; ``shares`` has one entry a micro-batch."""
+
     task: float = 0.0
     expected_j: float = 0.0
     decided_j: float = 0.0
-    shares: tuple[float, float, float] | None = None
+    shares: list[tuple[float, float, float]] = field(default_factory=list)
+
+    def add(self, other: _Totals) -> None:
+        self.task += other.task
+        self.expected_j += other.expected_j
+        self.decided_j += other.decided_j
+        self.shares += other.shares
 
 
 class Trainer:
     """Trains one tuner on one backbone.
 
     ``costs_j`` are joules per direction and token of (off, int8, full). ``budget`` is None for
-    methods that no budget binds; their energy is reported all the same.
+    methods that no budget binds; their energy is reported all the same. ``ranks`` share the micro-batches.
     """
 
     def __init__(
@@ -55,6 +64,7 @@ class Trainer:
         costs_j: tuple[float, float, float],
         budget: Budget | None,
         multiplier: Multiplier | None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.backbone = backbone
         self.tuner = tuner
@@ -64,6 +74,7 @@ class Trainer:
         self._rows = rows
         self._settings = settings
         self._costs_j = costs_j
+        self._ranks = ranks or Ranks()
         self._effective = settings.batch_size * settings.accumulation
         self._micro_size = settings.batch_size
         self._per_epoch = math.ceil(len(rows) / self._effective)
@@ -214,25 +225,42 @@ class Trainer:
         return [self._rows[i] for i in order[index * self._effective : (index + 1) * self._effective]]
 
     def _accumulate(self, rows: list[Encoded]) -> _Totals:
-        """Forward and backward over the effective batch; halves the micro-batch when memory runs out."""
+        """Forward and backward over the effective batch, its gradients and figures summed over ranks.
+
+        When memory runs out on any rank, all halve the micro-batch.
+        """
         while True:
+            part: _Totals | None = None
+            ran_out = None
             try:
-                return self._try_accumulate(rows)
+                part = self._try_accumulate(rows)
             except torch.OutOfMemoryError as error:
-                self._optimizer.zero_grad(set_to_none=True)
-                if self._micro_size == 1:
-                    raise HestError(
-                        f"out of memory with one sample at a time ({error})",
-                        "lower --max-tokens, or turn on --gradient-checkpointing",
-                    ) from error
-                self._micro_size = math.ceil(self._micro_size / 2)
-                torch.cuda.empty_cache()
+                ran_out = str(error)
+            parts = self._ranks.share((part, ran_out))
+            short = next((reason for _, reason in parts if reason is not None), None)
+            if short is None:
+                break
+            self._optimizer.zero_grad(set_to_none=True)
+            if self._micro_size == 1:
+                raise HestError(
+                    f"out of memory with one sample at a time ({short})",
+                    "lower --max-tokens, or turn on --gradient-checkpointing",
+                )
+            self._micro_size = math.ceil(self._micro_size / 2)
+            torch.cuda.empty_cache()
+        self._ranks.add_gradients(list(self.tuner.named_parameters().values()))
+        totals = _Totals()
+        for part, _ in parts:
+            assert part is not None
+            totals.add(part)
+        return totals
 
     def _try_accumulate(self, rows: list[Encoded]) -> _Totals:
         totals = _Totals()
         answer_tokens = sum(len(row.answer_ids) for row in rows)
-        shares: list[tuple[float, float, float]] = []
         for micro, start in enumerate(range(0, len(rows), self._micro_size)):
+            if not self._ranks.mine(micro):
+                continue
             part = rows[start : start + self._micro_size]
             batch = self._to_device(train_batch(part, self.backbone.pad_id))
             gates = self._gates(batch, micro)
@@ -246,11 +274,8 @@ class Trainer:
                 totals.task += float(task.detach())
                 if gates is not None:
                     loss = task + self._energy_term(gates, batch, len(rows), totals)
-                    shares.append(gates.shares())
+                    totals.shares.append(gates.shares())
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if shares:
-            off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-            totals.shares = (off, int8, full)
         return totals
 
     def _energy_term(
@@ -310,7 +335,11 @@ class Trainer:
         penalty = 0.0
         if self.budget is not None and self.multiplier is not None:
             penalty = self.multiplier.weight * (totals.expected_j / self.budget.emax_j - 1)
-        off, int8, full = totals.shares or (None, None, None)
+        off = int8 = full = None
+        if totals.shares:
+            off, int8, full = (
+                sum(column) / len(totals.shares) for column in zip(*totals.shares, strict=True)
+            )
         tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         return StepMetric(
             step=self.step + 1,
