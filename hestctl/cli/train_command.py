@@ -79,6 +79,8 @@ def train(
 
     hest trains within a budget: E_max = --emax-ratio x the joules of the latest comparable tabs run
     (or a prediction, marked so), or --emax JOULES.
+
+    In several processes: accelerate launch --multi_gpu --num_processes N -m hestctl train ...
     """
     from hestctl.cli import out
     from hestctl.cli.settings_view import show_settings

@@ -18,6 +18,8 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import nn
 
 from hestctl.energy.meter import Edge, Meter
@@ -75,16 +77,17 @@ class _Message:
 class Ranks:
     """The processes of one training, seen from one of them; by default the only one.
 
-    ``stop_signal`` is the signal that asked any rank for an orderly stop, once it is known here.
+    ``stop_signal`` is the signal that asked any rank for an orderly stop, once it is known here; ``readings``
+    is what every rank told of its meter last.
     """
 
     rank: int = 0
     world: int = 1
     patience_s: float = 0.0
     stop_signal: int | None = None
+    readings: list[Reading | None] = field(default_factory=list)
     _own_signal: int | None = None
     _meter: Meter | None = None
-    _readings: list[Reading | None] = field(default_factory=list)
     _together: bool = False
     _failed: bool = False
 
@@ -117,8 +120,6 @@ class Ranks:
         self.share(None)
         box = [value]
         if self.world > 1:
-            from accelerate.utils import broadcast_object_list
-
             broadcast_object_list(box)
         assert box[0] is not None
         return box[0]
@@ -143,19 +144,16 @@ class Ranks:
         """Sum every gradient over all ranks; one that no rank has stays None."""
         if self.world == 1:
             return
-        from accelerate.utils import reduce
-
-        device = parameters[0].device
-        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+        has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([has, *(part.float().flatten() for part in parts)])
+        flat = torch.cat([has, *(part.float().flatten().cpu() for part in parts)])
         total = reduce(flat, "sum")
         assert isinstance(total, torch.Tensor)
         sizes = [len(parameters), *(p.numel() for p in parameters)]
         anywhere, *summed = torch.split(total, sizes)
         for parameter, there, gradient in zip(parameters, anywhere.tolist(), summed, strict=True):
             if there:
-                parameter.grad = gradient.view_as(parameter).to(parameter.dtype, copy=True)
+                parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
 
     def finish(self, window: Window | None) -> list[Window | None]:
         """Training is over: every rank's window, and from here on each is on its own."""
@@ -170,7 +168,7 @@ class Ranks:
         """
         seen: set[tuple[str, int | None]] = set()
         out = []
-        for rank, reading in enumerate(self._readings):
+        for rank, reading in enumerate(self.readings):
             if reading is None:
                 continue
             device = (reading.device_uuid, rank if reading.counts_process else None)
@@ -182,7 +180,7 @@ class Ranks:
     @property
     def uuids(self) -> list[str]:
         """The device of every rank."""
-        return [reading.device_uuid for reading in self._readings if reading is not None]
+        return [reading.device_uuid for reading in self.readings if reading is not None]
 
     def leave(self, error: Exception) -> bool:
         """Tell the others what ended this rank, and wait until the first one has ended its run.
@@ -203,20 +201,19 @@ class Ranks:
         return heard
 
     def _exchange(self, payload: Any, failure: _Failure | None) -> list[_Message]:
-        from accelerate.utils import gather_object
-
         reading = None if self._meter is None else Reading.of(self._meter)
         self._watch()
         try:
             messages: list[_Message] = gather_object([_Message(payload, reading, self._own_signal, failure)])
         except RuntimeError as error:
             self._together = False
+            faulthandler.cancel_dump_traceback_later()
             raise RankFailed(
                 f"rank {self.rank} has no contact with the others: {str(error).splitlines()[0]}",
                 "the same command with --resume goes on; waiting too short? --set train.rank_timeout_s=...",
             ) from error
         self._watch()
-        self._readings = [message.reading for message in messages]
+        self.readings = [message.reading for message in messages]
         signals = (message.signum for message in messages if message.signum is not None)
         self.stop_signal = next(signals, None)
         self._failed = any(message.failure is not None for message in messages)
@@ -230,11 +227,9 @@ class Ranks:
         faulthandler.dump_traceback_later(self.patience_s)
 
     def _part(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
         if self._together:
-            from accelerate import PartialState
-
             self._together = False
+            faulthandler.cancel_dump_traceback_later()
             PartialState().destroy_process_group()
 
 
@@ -317,16 +312,11 @@ def joined(device: str, patience_s: float) -> Iterator[Ranks]:
 
 
 def _join(device: str, patience_s: float) -> Ranks:
-    from accelerate import PartialState
-
     on_cpu = resolve_device(device).type == "cpu"
     try:
-        # Words go over gloo on a GPU machine too: a wait in NCCL spins, on the host and on the device.
-        state = PartialState(
-            cpu=on_cpu,
-            backend="gloo" if on_cpu else "cuda:nccl,cpu:gloo",
-            timeout=timedelta(seconds=patience_s),
-        )
+        # gloo for GPUs too: a wait in NCCL spins on host and device, which is joules, and NCCL refuses two
+        # ranks on one device. What travels is small: the backbone is frozen.
+        state = PartialState(cpu=on_cpu, backend="gloo", timeout=timedelta(seconds=patience_s))
     except (RuntimeError, ValueError) as error:
         raise HestError(
             f"the processes launched did not find each other: {str(error).splitlines()[0]}",
