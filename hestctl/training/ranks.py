@@ -120,7 +120,8 @@ class Ranks:
         self.share(None)
         box = [value]
         if self.world > 1:
-            broadcast_object_list(box)
+            with self._contact():
+                broadcast_object_list(box)
         assert box[0] is not None
         return box[0]
 
@@ -147,7 +148,8 @@ class Ranks:
         has = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([has, *(part.float().flatten().cpu() for part in parts)])
-        total = reduce(flat, "sum")
+        with self._contact():
+            total = reduce(flat, "sum")
         assert isinstance(total, torch.Tensor)
         sizes = [len(parameters), *(p.numel() for p in parameters)]
         anywhere, *summed = torch.split(total, sizes)
@@ -202,17 +204,8 @@ class Ranks:
 
     def _exchange(self, payload: Any, failure: _Failure | None) -> list[_Message]:
         reading = None if self._meter is None else Reading.of(self._meter)
-        self._watch()
-        try:
+        with self._contact():
             messages: list[_Message] = gather_object([_Message(payload, reading, self._own_signal, failure)])
-        except RuntimeError as error:
-            self._together = False
-            faulthandler.cancel_dump_traceback_later()
-            raise RankFailed(
-                f"rank {self.rank} has no contact with the others: {str(error).splitlines()[0]}",
-                "the same command with --resume goes on; waiting too short? --set train.rank_timeout_s=...",
-            ) from error
-        self._watch()
         self.readings = [message.reading for message in messages]
         signals = (message.signum for message in messages if message.signum is not None)
         self.stop_signal = next(signals, None)
@@ -222,8 +215,19 @@ class Ranks:
                 raise _as_error(rank, message.failure)
         return messages
 
-    def _watch(self) -> None:
-        """Have the stacks of this rank printed if it does not come to its next exchange in time."""
+    @contextmanager
+    def _contact(self) -> Iterator[None]:
+        """Has the stacks of this rank printed if it does not get through in time, or to its next meeting."""
+        faulthandler.dump_traceback_later(self.patience_s)
+        try:
+            yield
+        except RuntimeError as error:
+            self._together = False
+            faulthandler.cancel_dump_traceback_later()
+            raise RankFailed(
+                f"rank {self.rank} has no contact with the others: {str(error).splitlines()[0]}",
+                "the same command with --resume goes on; waiting too short? --set train.rank_timeout_s=...",
+            ) from error
         faulthandler.dump_traceback_later(self.patience_s)
 
     def _part(self) -> None:
