@@ -79,6 +79,9 @@ class TrainBatch:
     prompt_tokens: torch.Tensor
     answer_tokens: torch.Tensor
 
+    def to(self, device: torch.device) -> TrainBatch:
+        return TrainBatch(*(getattr(self, name).to(device) for name in self.__slots__))
+
 
 @dataclass(frozen=True, slots=True)
 class PromptBatch:

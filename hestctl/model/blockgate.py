@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hestctl.records import FULL, OFF, BlockStates
+
+_EDGE = 0.05
+"""Spreads by which a settled state holds."""
+
 
 class BlockGate(nn.Module):
     """Ordinal logits of every block, as those of the directions: the argmax switches at c1 and at c2.
@@ -27,7 +32,9 @@ class BlockGate(nn.Module):
         self.register_buffer("centre", torch.tensor(0.5))
         self.register_buffer("spread", torch.tensor(0.04))
         self.centre: Tensor
+        self.register_buffer("settled_L", torch.full((layers,), math.nan))
         self.spread: Tensor
+        self.settled_L: Tensor
 
     def start(self, score_L: Tensor, full_L2: Tensor, on_L2: Tensor) -> None:
         """Before step 0: margins of the scores over c2 (``full_L2``) and over c1 (``on_L2``, the larger).
@@ -40,12 +47,29 @@ class BlockGate(nn.Module):
             self.threshold.copy_(self.normal(score_L)[:, None] - on_L2)
             self.gap.copy_(torch.log(torch.expm1((on_L2 - full_L2).clamp_min(1e-3))))
 
+    def settle(self, score_L: Tensor, states: BlockStates) -> None:
+        """Make ``states`` what the logits say from now on, however the scores move with other training."""
+        with torch.no_grad():
+            self.settled_L.copy_(score_L)
+            score_L1 = self.normal(score_L)[:, None]
+            state_L2 = torch.tensor([states.attention, states.mlp], device=score_L.device).T
+            on_L2 = score_L1 - self.threshold
+            full_L2 = on_L2 - F.softplus(self.gap)
+            # Margins that already agree stay: they are what training found out.
+            full_L2 = torch.where(state_L2 == FULL, full_L2.clamp_min(_EDGE), full_L2.clamp_max(-_EDGE))
+            on_L2 = torch.where(state_L2 == OFF, on_L2.clamp_max(-_EDGE), on_L2.clamp_min(_EDGE))
+            on_L2 = torch.where(state_L2 == FULL, torch.maximum(on_L2, full_L2 + _EDGE), on_L2)
+            full_L2 = torch.minimum(full_L2, on_L2 - _EDGE)
+            self.threshold.copy_(score_L1 - on_L2)
+            self.gap.copy_(torch.log(torch.expm1(on_L2 - full_L2)))
+
     def normal(self, score_L: Tensor) -> Tensor:
         """Scores in spreads from the centre, (L,)."""
         return (score_L - self.centre) / self.spread
 
     def logits(self, score_L: Tensor) -> Tensor:
         """Logits (L, 2, S) of the blocks' states."""
+        score_L = torch.where(self.settled_L.isnan(), score_L, self.settled_L)
         low_L2 = self.normal(score_L)[:, None] - self.threshold
         high_L2 = 2 * low_L2 - F.softplus(self.gap)
         return self.log_beta.exp() * torch.stack((torch.zeros_like(low_L2), low_L2, high_L2), -1)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hestctl.model.blockgate import BlockGate
 from hestctl.model.controller import FactorisedController, UnfactorisedController
 from hestctl.model.gates import Gate, LinearGate, OrdinalGate, StaticGate
 from hestctl.model.spectral import SpectralAdapters
@@ -145,7 +146,14 @@ def build_gate(
         return StaticGate(layers, settings.rank)
     kind = FactorisedController if settings.controller == "factorised" else UnfactorisedController
     controller = kind(layers, hidden, settings.controller_width, generator)
-    return OrdinalGate(controller, layers, settings.rank, tau=settings.tau, states=offered)
+    blocks = BlockGate(layers) if chooses_blocks(settings) else None
+    return OrdinalGate(controller, layers, settings.rank, tau=settings.tau, states=offered, blocks=blocks)
+
+
+def chooses_blocks(settings: MethodSettings) -> bool:
+    """Whether training learns the states of the layers' blocks."""
+    learns = settings.scope == "network" and settings.layers == "learned"
+    return learns and METHODS[settings.name].gate == "ordinal"
 
 
 def _lora(settings: MethodSettings, model: Any, seed: int) -> Any:

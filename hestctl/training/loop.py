@@ -9,25 +9,27 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.budget import Budget, Multiplier
 from hestctl.data.prompts import Encoded, TrainBatch, train_batch
 from hestctl.errors import HestError
 from hestctl.model.backbone import Backbone
+from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.gates import GateNoise, OrdinalGate
+from hestctl.model.likelihood import answer_loss, last_hidden
 from hestctl.model.methods import Tuner
 from hestctl.model.spectral import applied, normalise
-from hestctl.records import StepMetric
+from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
+from hestctl.training.network import BlockDraw, BlockTraining
 from hestctl.training.ranks import Ranks
 
 
@@ -39,19 +41,24 @@ class _Totals:
     expected_j: float = 0.0
     decided_j: float = 0.0
     shares: list[tuple[float, float, float]] = field(default_factory=list)
+    measured: list[tuple[int, tuple[int, int], float]] = field(default_factory=list)
+    """What blocks were found to be worth: micro-batch, block, nats a token."""
 
     def add(self, other: _Totals) -> None:
         self.task += other.task
         self.expected_j += other.expected_j
         self.decided_j += other.decided_j
         self.shares += other.shares
+        self.measured += other.measured
 
 
 class Trainer:
     """Trains one tuner on one backbone.
 
     ``costs_j`` are joules per direction and token of (off, int8, full). ``budget`` is None for
-    methods that no budget binds; their energy is reported all the same. ``ranks`` share the micro-batches.
+    methods that no budget binds; their energy is reported all the same. ``blocks`` are the states of the
+    layers' blocks, learned or fixed; None runs the backbone as it is and counts the directions alone.
+    ``ranks`` share the micro-batches.
     """
 
     def __init__(
@@ -64,13 +71,16 @@ class Trainer:
         costs_j: tuple[float, float, float],
         budget: Budget | None,
         multiplier: Multiplier | None,
+        blocks: BlockTraining | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.backbone = backbone
         self.tuner = tuner
         self.budget = budget
         self.multiplier = multiplier
+        self.blocks = blocks
         self.step = 0
+        self._codes = Int8Codes()
         self._rows = rows
         self._settings = settings
         self._costs_j = costs_j
@@ -95,7 +105,7 @@ class Trainer:
         if spectral is None or not isinstance(spectral.gate, OrdinalGate):
             return
         gate = spectral.gate
-        batch = self._to_device(train_batch(self._rows[: self._effective], self.backbone.pad_id))
+        batch = self._batch(self._rows[: self._effective])
         seen: list[Tensor] = []
 
         def look(layer: int, hidden: Tensor) -> Tensor:
@@ -104,10 +114,12 @@ class Trainer:
 
         with torch.no_grad():
             with applied(self.backbone.layers, look), self._precision():
-                self._hidden(batch)
+                last_hidden(self.backbone, batch)
             score_LN = torch.stack(seen).float()
             gate.spread_over(score_LN.mean(1), score_LN.std(1))
-            if self.budget is not None:
+            if self.blocks is not None:
+                self.blocks.start(batch.prompt_tokens.tolist(), self._new_tokens)
+            elif self.budget is not None:
                 share = self._budget_share(batch)
                 gate.threshold.add_(_shift_to(gate, score_LN, share, self._costs_j))
 
@@ -139,6 +151,8 @@ class Trainer:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
             started = time.perf_counter()
+            if self.blocks is not None:
+                self.blocks.settle(self.step)
             totals = self._accumulate(rows)
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(
@@ -155,7 +169,10 @@ class Trainer:
             self._optimizer.zero_grad(set_to_none=True)
             metric = self._metric(rows, totals, float(norm), rate, time.perf_counter() - started)
             if self.multiplier is not None and self.step >= self._warmup:
-                self.multiplier.step(metric.energy_ratio or 0.0)
+                ratio = metric.energy_ratio or 0.0
+                if self.blocks is not None:
+                    ratio /= self.blocks.looseness(self.step + 1 - self._warmup, ratio)
+                self.multiplier.step(ratio)
             self.step += 1
             yield metric
 
@@ -168,6 +185,7 @@ class Trainer:
         return tensors, {
             "multiplier": [self.multiplier.value, self.multiplier.excess] if self.multiplier else None,
             "scaler": self._scaler.state_dict(),
+            "blocks": self.blocks.state() if self.blocks else None,
         }
 
     def restore(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -185,6 +203,8 @@ class Trainer:
         if self.multiplier is not None:
             self.multiplier.value, self.multiplier.excess = state["multiplier"]
         self._scaler.load_state_dict(state["scaler"])
+        if self.blocks is not None:
+            self.blocks.restore(state["blocks"])
 
     @property
     def _warmup(self) -> int:
@@ -199,6 +219,7 @@ class Trainer:
             "projection": {"lr": s.gate_learning_rate * 16 / self.backbone.hidden_size, "weight_decay": 0.0},
             "controller": {"lr": s.gate_learning_rate, "weight_decay": 0.0},
             "thresholds": {"lr": s.threshold_learning_rate, "weight_decay": 0.0},
+            "blocks": {"lr": s.block_learning_rate, "weight_decay": 0.0},
         }
         for name, parameter in self.tuner.named_parameters().items():
             groups[_group(name)].setdefault("params", []).append(parameter)
@@ -253,6 +274,10 @@ class Trainer:
         for part, _ in parts:
             assert part is not None
             totals.add(part)
+        # Remembered in one order, and not before the batch is done, however many ranks there are.
+        for _, probe, worth in sorted(totals.measured):
+            assert self.blocks is not None
+            self.blocks.observe(probe, worth)
         return totals
 
     def _try_accumulate(self, rows: list[Encoded]) -> _Totals:
@@ -262,39 +287,89 @@ class Trainer:
             if not self._ranks.mine(micro):
                 continue
             part = rows[start : start + self._micro_size]
-            batch = self._to_device(train_batch(part, self.backbone.pad_id))
-            gates = self._gates(batch, micro)
-            change = applied(self.backbone.layers, gates) if gates else nullcontext()
+            batch = self._batch(part)
+            noise = GateNoise(self._settings.seed, self.step, micro)
+            gates = self._gates(batch, noise)
+            drawn = None if self.blocks is None else self.blocks.draw(noise)
             # Open during the backward pass too: some versions of transformers recompute a checkpointed
             # layer together with its hooks.
-            with change:
+            states = None if drawn is None else drawn.states
+            with self._blocks_run(states), self._adapters_run(gates):
                 with self._precision():
-                    task = self._answer_loss(batch) / answer_tokens
+                    task = answer_loss(self.backbone, batch) / answer_tokens
                 loss = task
                 totals.task += float(task.detach())
                 if gates is not None:
-                    loss = task + self._energy_term(gates, batch, len(rows), totals)
+                    loss = task + self._energy_term(gates, drawn, batch, rows, totals)
                     totals.shares.append(gates.shares())
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if drawn is not None and drawn.probe is not None:
+                worth = self._measure(drawn, batch, noise, float(task.detach()) * answer_tokens)
+                totals.measured.append((micro, drawn.probe, worth))
         return totals
 
     def _energy_term(
-        self, gates: GatePass, batch: TrainBatch, samples: int, totals: _Totals
+        self,
+        gates: GatePass,
+        drawn: BlockDraw | None,
+        batch: TrainBatch,
+        rows: list[Encoded],
+        totals: _Totals,
     ) -> Tensor | float:
         """This micro-batch's part of ``weight * E / E_max``; adds its joules to the totals."""
         to_generation_B = self._to_generation(batch)
-        expected = (gates.expected_j() * to_generation_B).sum() / samples
+        expected = (gates.expected_j() * to_generation_B).sum() / len(rows)
+        decided_j = float((gates.decided_j() * to_generation_B).sum()) / len(rows)
+        term: Tensor | float = 0.0
+        if self.blocks is not None and drawn is not None:
+            blocks, blocks_j = self.blocks.energy_j(drawn, batch.prompt_tokens.tolist(), self._new_tokens)
+            expected = expected + blocks / len(rows)
+            decided_j += blocks_j / len(rows)
+            term = self.blocks.worth(drawn) * len(batch.prompt_tokens) / len(rows)
         totals.expected_j += float(expected.detach())
-        totals.decided_j += float((gates.decided_j() * to_generation_B).sum()) / samples
+        totals.decided_j += decided_j
         if self.budget is None or self.multiplier is None:
-            return 0.0
-        return self.multiplier.weight * expected / self.budget.emax_j
+            return term
+        return term + self.multiplier.weight * expected / self._emax_j(rows)
 
-    def _gates(self, batch: TrainBatch, micro: int) -> GatePass | None:
+    def _emax_j(self, rows: Sequence[Encoded]) -> float:
+        """E_max of these samples' generations, their mean (J)."""
+        assert self.budget is not None
+        if self.blocks is None or self.blocks.prices.emax is None:
+            return self.budget.emax_j
+        emax = self.blocks.prices.emax
+        return sum(emax.total_j(len(row.prompt_ids), self._new_tokens) for row in rows) / len(rows)
+
+    def _blocks_run(self, states: BlockStates | None) -> AbstractContextManager[None]:
+        if states is None or states.all_full:
+            return nullcontext()
+        return in_states(self.backbone.layers, states, self._codes)
+
+    def _adapters_run(self, gates: GatePass | None) -> AbstractContextManager[None]:
+        return nullcontext() if gates is None else applied(self.backbone.layers, gates)
+
+    @torch.no_grad()
+    def _measure(self, drawn: BlockDraw, batch: TrainBatch, noise: GateNoise, nll: float) -> float:
+        """Run the micro-batch with the probed block turned over: what is it worth (nats a token)?"""
+        assert drawn.probe is not None
+        gates = self._adapters_run(self._gates(batch, noise))
+        with self._blocks_run(drawn.turned()), gates, self._precision():
+            turned = float(answer_loss(self.backbone, batch))
+        layer, block = drawn.probe
+        sign = -1 if drawn.states.state(layer, block) == OFF else 1
+        return sign * (turned - nll) / int(batch.answer_tokens.sum())
+
+    def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:
             return None
-        noise = GateNoise(self._settings.seed, self.step, micro)
         return GatePass(self.tuner.spectral, batch.attention_mask, self._costs_j, noise)
+
+    @property
+    def _new_tokens(self) -> float:
+        """What a generated sample is expected to have; without a budget, the mean of the answers."""
+        if self.budget is not None:
+            return self.budget.new_tokens
+        return sum(len(row.answer_ids) for row in self._rows) / len(self._rows)
 
     def _to_generation(self, batch: TrainBatch) -> Tensor:
         """Per sequence: token positions of its generation over those of its training, (B,)."""
@@ -303,38 +378,23 @@ class Trainer:
             return torch.ones_like(tokens_B)
         return self.budget.num_beams * (batch.prompt_tokens + self.budget.new_tokens) / tokens_B
 
-    def _answer_loss(self, batch: TrainBatch) -> Tensor:
-        """Summed negative log-likelihood of the answer tokens (nats); logits only where they count."""
-        hidden_BTD = self._hidden(batch)[:, :-1]
-        target_BT = batch.labels[:, 1:]
-        wanted_BT = target_BT != -100
-        logits_NV = self.backbone.model.lm_head(hidden_BTD[wanted_BT])
-        return F.cross_entropy(logits_NV.float(), target_BT[wanted_BT], reduction="sum")
-
-    def _hidden(self, batch: TrainBatch) -> Tensor:
-        out = self.backbone.model.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        hidden: Tensor = out.last_hidden_state
-        return hidden
-
     def _precision(self) -> Any:
         device = self.backbone.device
         if device.type != "cuda" or self.backbone.dtype == torch.float32:
             return nullcontext()
         return torch.autocast("cuda", self.backbone.dtype)
 
-    def _to_device(self, batch: TrainBatch) -> TrainBatch:
-        fields = {name: getattr(batch, name).to(self.backbone.device) for name in TrainBatch.__slots__}
-        return replace(batch, **fields)
+    def _batch(self, rows: Sequence[Encoded]) -> TrainBatch:
+        return train_batch(rows, self.backbone.pad_id).to(self.backbone.device)
 
     def _metric(
         self, rows: list[Encoded], totals: _Totals, norm: float, rate: float, seconds: float
     ) -> StepMetric:
-        ratio = None if self.budget is None else totals.decided_j / self.budget.emax_j
+        emax_j = None if self.budget is None else self._emax_j(rows)
+        ratio = None if emax_j is None else totals.decided_j / emax_j
         penalty = 0.0
-        if self.budget is not None and self.multiplier is not None:
-            penalty = self.multiplier.weight * (totals.expected_j / self.budget.emax_j - 1)
+        if emax_j is not None and self.multiplier is not None:
+            penalty = self.multiplier.weight * (totals.expected_j / emax_j - 1)
         off = int8 = full = None
         if totals.shares:
             off, int8, full = (
@@ -363,6 +423,8 @@ def _group(name: str) -> str:
     """The parameter group of a tensor: each has its own learning rate."""
     if name in ("gate.threshold", "gate.gap", "gate.log_beta"):
         return "thresholds"
+    if name.startswith("gate.blocks."):
+        return "blocks"
     if name in ("gate.controller.token", "gate.weight"):
         return "projection"
     if name.startswith("gate."):

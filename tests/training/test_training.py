@@ -12,6 +12,7 @@ from hestctl.budget import Budget, Multiplier
 from hestctl.errors import HestError
 from hestctl.generation.engine import Generator
 from hestctl.model.backbone import tiny_backbone
+from hestctl.model.likelihood import answer_loss
 from hestctl.model.methods import METHODS, build_tuner
 from hestctl.settings import MethodSettings, TrainSettings
 from hestctl.training.checkpoint import (
@@ -168,15 +169,15 @@ def test_memory_running_out_halves_the_micro_batch_and_keeps_the_step(samples, m
     rows = samples(4)
     expected = losses(trainer_for("lora", rows, batch_size=4, accumulation=1), steps=1)
     trainer = trainer_for("lora", rows, batch_size=4, accumulation=1)
-    forward, sizes = trainer._hidden, []
+    sizes = []
 
-    def tight(batch):
+    def tight(backbone, batch):
         sizes.append(len(batch.input_ids))
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError("simulated")
-        return forward(batch)
+        return answer_loss(backbone, batch)
 
-    monkeypatch.setattr(trainer, "_hidden", tight)
+    monkeypatch.setattr("hestctl.training.loop.answer_loss", tight)
     assert losses(trainer, steps=1)[0][0] == pytest.approx(expected[0][0], rel=1e-5)
     assert sizes == [4, 2, 2]
 
@@ -184,10 +185,10 @@ def test_memory_running_out_halves_the_micro_batch_and_keeps_the_step(samples, m
 def test_memory_for_not_even_one_sample_is_an_error_that_says_what_to_do(samples, monkeypatch):
     trainer = trainer_for("lora", samples(2))
 
-    def never(batch):
+    def never(backbone, batch):
         raise torch.OutOfMemoryError("simulated")
 
-    monkeypatch.setattr(trainer, "_hidden", never)
+    monkeypatch.setattr("hestctl.training.loop.answer_loss", never)
     with pytest.raises(HestError, match="one sample at a time") as caught:
         losses(trainer)
     assert "--max-tokens" in caught.value.hint
