@@ -113,6 +113,10 @@ class Generator:
         device, self._warm = self.backbone.device, True
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
+        if self.plan is not None:
+            new_tokens = self.plan.max_new_tokens_for(
+                [len(row.prompt_ids) for row in rows], num_beams, new_tokens, [row.sample_id for row in rows]
+            )
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens if forced_length else 0,
@@ -121,7 +125,7 @@ class Generator:
             pad_token_id=self.backbone.pad_id,
             eos_token_id=list(self.backbone.stop_ids),
         )
-        gates = self._gates(mask.repeat_interleave(num_beams, 0), mask.sum(1), new_tokens, num_beams)
+        gates = self._gates(mask, new_tokens, num_beams)
         model: Any = self.backbone.model
         with self._running(gates, cached=True):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
@@ -138,7 +142,7 @@ class Generator:
         device, self._warm = self.backbone.device, True
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
-        gates = self._gates(mask, mask.sum(1), 0, 1)
+        gates = self._gates(mask, 0, None)
         with self._running(gates, cached=False):
             out = self.backbone.model(
                 input_ids=ids,
@@ -156,7 +160,7 @@ class Generator:
         batch = train_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         labels = batch.labels.to(device)[:, 1:]
-        gates = self._gates(mask, mask.sum(1), 0, 1)
+        gates = self._gates(mask, 0, None)
         with self._running(gates, cached=False):
             out = self.backbone.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
         wanted = labels != -100
@@ -170,8 +174,8 @@ class Generator:
         hidden_WTD = torch.ones(
             rows, tokens, self.backbone.hidden_size, device=device, dtype=self.backbone.dtype
         )
-        mask_WT = torch.ones(rows, tokens, dtype=torch.int64, device=device)
-        gates = self._gates(mask_WT, mask_WT.sum(1)[::num_beams], tokens, num_beams)
+        mask_QT = torch.ones(batch_size, tokens, dtype=torch.int64, device=device)
+        gates = self._gates(mask_QT, tokens, num_beams)
 
         if gates is None:
             return lambda: None
@@ -191,11 +195,11 @@ class Generator:
         ):
             yield
 
-    def _gates(self, mask_WT: Tensor, prompt_Q: Tensor, new_tokens: int, beams: int) -> HardPass | None:
+    def _gates(self, mask_QT: Tensor, new_tokens: int, beams: int | None) -> HardPass | None:
+        """The adapters of a batch of these prompts; ``beams`` None where they are scored, not continued."""
         if self.adapters is None:
             return None
-        requests = len(prompt_Q)
         ledger = None
         if self.plan is not None:
-            ledger = self.plan.ledger((prompt_Q + new_tokens) * beams)
-        return HardPass(self.adapters, mask_WT, requests, ledger)
+            ledger = self.plan.ledger(mask_QT.sum(1).tolist(), new_tokens, beams, mask_QT.device)
+        return HardPass(self.adapters, mask_QT.repeat_interleave(beams or 1, 0), len(mask_QT), ledger)

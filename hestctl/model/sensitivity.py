@@ -48,6 +48,10 @@ class Sensitivities:
             return True
         return self.int8[layer][block] > 2 * self.int8_error[layer][block]
 
+    def harm(self, layer: int, block: int) -> tuple[float, float] | None:
+        """What (int8, off) costs this block alone; None where nobody knows."""
+        return None if self.kind == "uniform" else (self.int8[layer][block], self.off[layer][block])
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -157,7 +157,7 @@ class NativeGenerator:
         self._warm = True
         session.begin([row.prompt_ids for row in rows])
         stop = session.stop()
-        for _ in range(new_tokens - 1):
+        for _ in range(shape.rules.new_tokens - 1):
             if stop.stopped():
                 break
             session.decode()
@@ -237,6 +237,10 @@ class NativeGenerator:
 
     def _shape(self, rows: Sequence[Encoded], new_tokens: int, beams: int, forced: bool) -> Shape:
         longest = max(len(row.prompt_ids) for row in rows)
+        if self.plan is not None:
+            new_tokens = self.plan.max_new_tokens_for(
+                [len(row.prompt_ids) for row in rows], beams, new_tokens, [row.sample_id for row in rows]
+            )
         _refuse(unsupported(self.backbone, longest + new_tokens))
         stop_ids, pad_id = self.backbone.stop_ids, self.backbone.pad_id
         rules = Rules(new_tokens, stop_ids, pad_id, forced, repetition_penalty(self.backbone))
