@@ -21,7 +21,7 @@ from hestctl.workflows.setup import load_data, new_tuner
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class Inputs:
     """What the first rank tells the others before training."""
 
     table: EnergyTable
@@ -29,19 +29,19 @@ class Terms:
 
 
 def trainer_for(
-    s: Settings, backbone: Backbone, tuner: Tuner, rows: Sequence[Encoded], terms: Terms, ranks: Ranks
+    s: Settings, backbone: Backbone, tuner: Tuner, rows: Sequence[Encoded], given: Inputs, ranks: Ranks
 ) -> Trainer:
     """The same trainer on every rank."""
     multiplier = None
-    if terms.budget is not None:
+    if given.budget is not None:
         multiplier = Multiplier(s.budget.lambda0, s.budget.alpha, s.budget.dual)
     return Trainer(
         backbone,
         tuner,
         rows,
         s.train,
-        costs_j=terms.table.costs_j,
-        budget=terms.budget,
+        costs_j=given.table.costs_j,
+        budget=given.budget,
         multiplier=multiplier,
         ranks=ranks,
     )
@@ -71,10 +71,10 @@ def follow(settings: Settings, ranks: Ranks, progress: Progress) -> None:
         rows = load_data(settings, splits, backbone, progress, needed=("train",)).train
         with open_meter(settings.energy, backbone.device, None, progress) as meter:
             ranks.meet(meter, identity(settings, splits, backbone))
-            terms: Terms = ranks.told(None)
+            given: Inputs = ranks.told(None)
             begin = meter.edge()
-            tuner = new_tuner(settings.method, backbone, terms.table.states, settings.train.seed)
-            trainer = trainer_for(settings, backbone, tuner, rows, terms, ranks)
+            tuner = new_tuner(settings.method, backbone, given.table.states, settings.train.seed)
+            trainer = trainer_for(settings, backbone, tuner, rows, given, ranks)
             trainer.restore(*ranks.told(None))
             steps = trainer.steps()
             while ranks.share(None)[0]:

@@ -37,7 +37,7 @@ from hestctl.training.checkpoint import (
 from hestctl.training.loop import Trainer
 from hestctl.training.ranks import JointMeter, RankFailed, Ranks
 from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
-from hestctl.workflows.follow import Terms, identity, trainer_for
+from hestctl.workflows.follow import Inputs, identity, trainer_for
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
@@ -174,8 +174,8 @@ class _Work:
 
     def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
         s, run, ranks = self.settings, self.recorder.run, self.ranks
-        terms = ranks.told(Terms(table, budget))
-        trainer = trainer_for(s, self.backbone, tuner, self.data.train, terms, ranks)
+        given = ranks.told(Inputs(table, budget))
+        trainer = trainer_for(s, self.backbone, tuner, self.data.train, given, ranks)
         best = Best(patience=s.train.patience)
         meter = JointMeter(self.meter, ranks)
         account = Account(meter, self.recorder.folder.path / SPENT_FILE, s.train.max_energy_j)

@@ -11,11 +11,21 @@ from dataclasses import replace
 import pytest
 import torch
 
+from hestctl.budget import Budget, Multiplier
+from hestctl.data.prompts import Encoded
 from hestctl.energy.cpu import CpuTimeCounter
 from hestctl.energy.fake import FakeClock, FakeCounter
 from hestctl.energy.meter import Meter
+from hestctl.energy.model import Terms
 from hestctl.energy.protocol import Unavailable
+from hestctl.model.backbone import tiny_backbone
+from hestctl.model.methods import build_tuner
+from hestctl.model.sensitivity import Sensitivities
+from hestctl.records import BlockStates
+from hestctl.settings import MethodSettings, TrainSettings
 from hestctl.training.account import Account, JoulesUnknown, demand_live_counter
+from hestctl.training.loop import Trainer
+from hestctl.training.network import BlockPrices, BlockTraining
 from hestctl.training.ranks import JointMeter, Ranks, Reading, joined
 
 OWN = "GPU-FAKE"
@@ -123,36 +133,117 @@ def test_every_micro_batch_is_one_ranks(world):
     assert all(len(ranks) == 1 for ranks in of)
 
 
-def exchange(rank, port, result):
-    """What a rank of two holds after they have met: its gradients, what it was told, and what it heard."""
+def in_rank(rank, port, result, work):
+    """Have ``work`` done in this process, as the rank of two that a launcher says it is."""
+    torch.set_num_threads(1)
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ |= {name: str(value) for name, value in told.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     with joined("cpu", 30.0) as ranks:
-        both, second, none = (torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1))
-        both.grad = torch.full((2,), 1.0 + rank)
-        if rank == 1:
-            second.grad = torch.tensor([1.0, 2.0, 3.0])
-        ranks.add_gradients([both, second, none])
-        grads = [None if p.grad is None else p.grad.tolist() for p in (both, second, none)]
-        if rank == 1:
-            ranks.request_stop(15)
-        heard = ranks.share(f"rank {rank}")
-        result.send((grads, ranks.told("the first" if ranks.first else None), heard, ranks.stop_signal))
+        result.send(work(ranks))
         ranks.finish(None)
 
 
-def test_ranks_hold_the_same_after_they_have_met():
+def in_two_ranks(work):
+    """What ``work(ranks)`` returns in each of two processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hestctl.training.ranks"])
+    context.set_forkserver_preload(["hestctl.training.loop"])
     pipes = [context.Pipe(duplex=False) for _ in range(2)]
     for rank, (_, result) in enumerate(pipes):
-        context.Process(target=exchange, args=(rank, port, result), daemon=True).start()
-    for answer, _ in pipes:
-        assert answer.poll(60)
-        grads, word, heard, signum = answer.recv()
+        context.Process(target=in_rank, args=(rank, port, result, work), daemon=True).start()
+    assert all(answer.poll(60) for answer, _ in pipes)
+    return [answer.recv() for answer, _ in pipes]
+
+
+def exchange(ranks):
+    both, second, none = (torch.nn.Parameter(torch.zeros(size)) for size in (2, 3, 1))
+    both.grad = torch.full((2,), 1.0 + ranks.rank)
+    if ranks.rank == 1:
+        second.grad = torch.tensor([1.0, 2.0, 3.0])
+        ranks.request_stop(15)
+    ranks.add_gradients([both, second, none])
+    grads = [None if p.grad is None else p.grad.tolist() for p in (both, second, none)]
+    heard = ranks.share(f"rank {ranks.rank}")
+    return grads, ranks.told("the first" if ranks.first else None), heard, ranks.stop_signal
+
+
+def test_ranks_hold_the_same_after_they_have_met():
+    for grads, word, heard, signum in in_two_ranks(exchange):
         assert grads == [[3.0, 3.0], [1.0, 2.0, 3.0], None]
         assert (word, heard, signum) == ("the first", ["rank 0", "rank 1"], 15)
+
+
+def states_of(logits):
+    attention, mlp = logits.argmax(-1).T.tolist()
+    return BlockStates(tuple(attention), tuple(mlp))
+
+
+def train_blocks(ranks):
+    """Losses, tensors and blocks of a training of 6 steps that settles its blocks at step 3.
+
+    Steps have two micro-batches and one in turns: the second of two ranks is idle when they settle.
+    """
+    backbone = tiny_backbone()
+    layers = backbone.num_layers
+    method = MethodSettings(name="hest", scope="network", layers="learned")
+    tuner = build_tuner(
+        method, backbone.model, layers=layers, hidden=backbone.hidden_size, states=(0, 1, 2), seed=0
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count):
+        return tuple(torch.randint(10, 200, (count,), generator=generator).tolist())
+
+    rows = [Encoded(f"s{i}", drawn(20 + i), drawn(6 + i % 3), 0, "a reference", None) for i in range(5)]
+    off = tuple((0.05 * (1 + layer), 0.03 * (1 + layer)) for layer in range(layers))
+    small = tuple((0.001, 0.001) for _ in range(layers))
+    known = Sensitivities("exact", "-", "-", 5, off, small, small, small)
+    kind = (Terms(), Terms(token_j=0.6), Terms(token_j=1.0))
+    prices = BlockPrices(Terms(token_j=1.0), (kind, kind), None)
+    blocks = BlockTraining(
+        layers,
+        prices,
+        tuner.spectral.gate,
+        known,
+        fixed=None,
+        tighten_steps=2,
+        settle_step=3,
+        choose=states_of,
+    )
+    settings = TrainSettings(
+        epochs=3, batch_size=2, accumulation=2, warmup_steps=1, learning_rate=5e-3, block_learning_rate=0.3
+    )
+    trainer = Trainer(
+        backbone,
+        tuner,
+        rows,
+        settings,
+        costs_j=(0.0, 0.5e-6, 1e-6),
+        budget=Budget(100.0, "test", None, 8, 8, 1),
+        multiplier=Multiplier(0.1, 0.05, "pi"),
+        blocks=blocks,
+        ranks=ranks,
+    )
+    trainer.start()
+    losses = [(m.task_loss, m.energy_j, m.energy_ratio, m.share_full) for m in trainer.steps()]
+    tensors = {name: tensor.tolist() for name, tensor in trainer.state()[0].items()}
+    return losses, tensors, trainer.blocks.state()
+
+
+def test_blocks_are_learned_and_settled_as_one_process_does():
+    losses, tensors, blocks = train_blocks(Ranks())
+    assert len(losses) == 6
+    assert blocks["fixed"] is not None
+    for mine, held, settled in in_two_ranks(train_blocks):
+        for row, other in zip(mine, losses, strict=True):
+            assert row == pytest.approx(other, rel=1e-6)
+        for name, tensor in tensors.items():
+            wanted = torch.tensor(tensor)
+            assert torch.linalg.norm(torch.tensor(held[name]) - wanted) <= 1e-5 * torch.linalg.norm(wanted), (
+                name
+            )
+        assert settled["fixed"] == blocks["fixed"]
+        assert torch.allclose(torch.tensor(settled["off"]), torch.tensor(blocks["off"]), rtol=1e-4)
