@@ -5,8 +5,8 @@ Shape legend: Q requests, W rows (Q * beams), T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,9 @@ from hestctl.data.prompts import Encoded, prompt_batch, train_batch
 from hestctl.generation.hardpass import HardPass
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone
+from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.spectral import SpectralAdapters, applied
+from hestctl.records import BLOCKS, STATES, BlockStates
 
 Notes = dict[str, str | dict[str, str]]
 """What an engine chose, by subject, and why."""
@@ -27,29 +29,55 @@ Notes = dict[str, str | dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Generated:
-    """One batch's result: new token ids per request (stop token included), and the log of states."""
+    """One batch's result: new token ids per request (stop token included), and the log of states.
+
+    ``counts_QLS`` are the directions' states, ``blocks`` those that the layers' blocks ran in.
+    """
 
     new_ids: list[list[int]]
     stopped: list[bool]
     counts_QLS: Tensor | None
+    blocks: BlockStates
+
+
+def blocks_note(blocks: BlockStates) -> str:
+    """Such as "attention 28 full, 2 off; mlp 20 full, 10 int8"."""
+    told = []
+    for block, counts in zip(BLOCKS, blocks.counts(), strict=True):
+        by_state = [f"{count} {state}" for count, state in zip(counts, STATES, strict=True) if count]
+        told.append(f"{block} {', '.join(reversed(by_state))}")
+    return "; ".join(told)
 
 
 class Generator:
     """A backbone with hardened adapters, ready to generate.
 
     ``adapters`` is None for methods without directions (base, merged LoRA); ``plan`` binds the
-    ledger where a budget holds.
+    ledger where a budget holds. ``blocks`` are the states that the layers' blocks run in, None for all in
+    full: it computes what they compute, and saves nothing.
     """
 
     engine = "transformers"
 
-    def __init__(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapters: SpectralAdapters | None,
+        plan: Plan | None,
+        blocks: BlockStates | None = None,
+    ) -> None:
         self.backbone = backbone
+        self.blocks = BlockStates.uniform(backbone.num_layers) if blocks is None else blocks
+        self._codes = Int8Codes()
         self.adapters = adapters
         self.plan = plan
         self._warm = False
         adapter = "none" if adapters is None else "unfused: transformers' engine has no fused step"
-        self.notes: Notes = {"adapter": adapter, "kernels": "full precision: torch's own"}
+        self.notes: Notes = {
+            "blocks": blocks_note(self.blocks),
+            "adapter": adapter,
+            "kernels": "default: not calibrated" if self.blocks.uses_int8 else "full precision: torch's own",
+        }
 
     def warm_up(
         self,
@@ -99,14 +127,14 @@ class Generator:
         )
         gates = self._gates(mask, new_tokens, num_beams)
         model: Any = self.backbone.model
-        with applied(self.backbone.layers, gates) if gates else nullcontext():
+        with self._running(gates, cached=True):
             out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         new_ids, stopped = [], []
         for row in out[:, ids.shape[1] :].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in self.backbone.stop_ids), None)
             new_ids.append(row[: end or len(row)])
             stopped.append(end is not None)
-        return Generated(new_ids, stopped, gates.counts_QLS.cpu() if gates else None)
+        return Generated(new_ids, stopped, gates.counts_QLS.cpu() if gates else None, self.blocks)
 
     @torch.inference_mode()
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
@@ -115,7 +143,7 @@ class Generator:
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         gates = self._gates(mask, 0, None)
-        with applied(self.backbone.layers, gates) if gates else nullcontext():
+        with self._running(gates, cached=False):
             out = self.backbone.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -133,7 +161,7 @@ class Generator:
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
         labels = batch.labels.to(device)[:, 1:]
         gates = self._gates(mask, 0, None)
-        with applied(self.backbone.layers, gates) if gates else nullcontext():
+        with self._running(gates, cached=False):
             out = self.backbone.model.model(input_ids=ids, attention_mask=mask, use_cache=False)
         wanted = labels != -100
         logits = self.backbone.model.lm_head(out.last_hidden_state[:, :-1][wanted])
@@ -156,6 +184,16 @@ class Generator:
     def text(self, ids: Sequence[int]) -> str:
         """Tokens as text, special tokens left out."""
         return str(self.backbone.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    @contextmanager
+    def _running(self, gates: HardPass | None, *, cached: bool) -> Iterator[None]:
+        """While open, the blocks run in their states and the adapters are applied."""
+        layers = self.backbone.layers
+        with (
+            in_states(layers, self.blocks, self._codes, cached=cached),
+            applied(layers, gates) if gates else nullcontext(),
+        ):
+            yield
 
     def _gates(self, mask_QT: Tensor, new_tokens: int, beams: int | None) -> HardPass | None:
         """The adapters of a batch of these prompts; ``beams`` None where they are scored, not continued."""

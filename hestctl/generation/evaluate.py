@@ -120,7 +120,10 @@ def _runner(
         logits, counts = generator.label_scores(part)
         ids = list(names)
         best = [ids[i] for i in logits[:, ids].argmax(1).tolist()]
-        return Generated([[i] for i in best], [True] * len(part), counts), [names[i] for i in best]
+        return (
+            Generated([[i] for i in best], [True] * len(part), counts, generator.blocks),
+            [names[i] for i in best],
+        )
 
     return classify if names else generate
 

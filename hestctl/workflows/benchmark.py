@@ -266,7 +266,7 @@ class _Bench:
         s, backbone = variant.settings, self.backbone
         if variant.text not in self.kinds:
             self.kinds[variant.text] = with_kernels(
-                engine_for(backbone, s.generation.engine, s.backbone.precision),
+                engine_for(backbone, s.generation.engine, s.backbone.blocks(backbone.num_layers)),
                 stored_table(s, backbone, self.meter, self.store, self.progress),
             )
         kind = self.kinds[variant.text]
@@ -329,9 +329,9 @@ class _Bench:
         return None
 
     def _table(self, variant: Variant) -> EnergyTable:
-        """One table a precision and engine: other prices at every point would be other plans."""
+        """One table an engine: other prices at every point would be other plans."""
         s, recorder = variant.settings, self.recorders[variant.text]
-        key = f"{s.backbone.precision} {recorder.run.engine}"
+        key = recorder.run.engine or ""
         if key not in self.tables:
             self.tables[key] = energy_table(s, self.backbone, self.meter, self.store, recorder, self.progress)
         recorder.run.calibration_id = self.tables[key].calibration_id

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
+from hestctl.generation.engine import blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.hardening.plan import read_plan
 from hestctl.kernels.choose import Choices
@@ -22,8 +23,9 @@ from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
 
 def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
     """What this run generates with; told where it is not hestctl's own. Raises HestError (usage)."""
-    kind = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
-    told = "" if kind.precision == "full" else ", the backbone's MatMuls in int8"
+    blocks = settings.backbone.blocks(backbone.num_layers)
+    kind = engine_for(backbone, settings.generation.engine, blocks)
+    told = "" if blocks.all_full else f", blocks: {blocks_note(blocks)}"
     progress.note(f"engine: {kind.name}{told}" + (f" ({kind.reason})" if kind.reason else ""))
     return kind
 

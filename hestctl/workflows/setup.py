@@ -114,7 +114,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
     method = settings.method
     spec = METHODS[method.name]
     ordinal = spec.gate == "ordinal"
-    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    engine = engine_for(backbone, settings.generation.engine, settings.backbone.blocks(backbone.num_layers))
     return Run(
         run_id=new_run_id("train", method.name),
         command="train",
