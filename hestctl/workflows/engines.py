@@ -71,4 +71,6 @@ def load_hardened(
     if METHODS[settings.name].trained:
         tuner.load(load_tensors(folder / HARDENED_FILE))
     tuner.finish()
+    if plan is not None and plan.scope == "network":
+        kind = replace(kind, blocks=plan.blocks)
     return kind.make(backbone, tuner.spectral, plan)

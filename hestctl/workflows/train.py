@@ -155,6 +155,8 @@ class _Work:
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
         kind = with_kernels(self.engine, table)
+        if plan is not None:
+            kind = replace(kind, blocks=plan.blocks)
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)

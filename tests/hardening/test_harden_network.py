@@ -11,13 +11,17 @@ from simulated_model import SimulatedModel, total
 from test_harden import fit_spread, table
 
 from hestctl.budget import resolve_budget
+from hestctl.energy.meter import Meter
+from hestctl.energy.protocol import Unavailable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
+from hestctl.generation.evaluate import _ran as ran
+from hestctl.generation.evaluate import evaluate
+from hestctl.generation.native import NativeGenerator
 from hestctl.hardening import harden as harden_module
 from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
-from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.methods import build_tuner
 from hestctl.records import INT8, BlockStates
 from hestctl.settings import GenerationSettings, MethodSettings
@@ -107,11 +111,11 @@ def test_generation_stays_within_a_matched_envelope(ratio, backbone, samples):
     assert not plan.blocks.all_full
     with torch.no_grad():
         tuner.spectral.gate.threshold.fill_(-50.0)  # the gates now ask for everything
-    generator = Generator(backbone, tuner.spectral, plan)
+    generator = Generator(backbone, tuner.spectral, plan, plan.blocks)
     for batch in (rows[:4], rows[4:], rows[:1]):
         for stop in (1, 3, 6):
-            with in_states(backbone.layers, plan.blocks, Int8Codes(), cached=True):
-                out = generator.generate(batch, new_tokens=stop, num_beams=2, forced_length=True)
+            out = generator.generate(batch, new_tokens=stop, num_beams=2, forced_length=True)
+            assert out.blocks == plan.blocks
             longest = max(len(row.prompt_ids) for row in batch)
             size = model.padded(len(batch), 2)
             tabs = model.generation(size, 2, "linear", None)
@@ -119,7 +123,7 @@ def test_generation_stays_within_a_matched_envelope(ratio, backbone, samples):
                 total(tabs, longest, stop) + size * 2 * (longest + stop - 1) * 8 * model.layers * COSTS[2]
             )
             emax_j = ratio * tabs_j / len(batch)
-            for j in spent_j(model, plan, plan.blocks, out.counts_QLS, longest, stop):
+            for j in spent_j(model, plan, out.blocks, out.counts_QLS, longest, stop):
                 assert j <= emax_j
             told = [plan.scope_joules(counts, len(batch), 2, longest, stop) for counts in out.counts_QLS]
             assert [j for j, _ in told] == pytest.approx(
@@ -246,3 +250,79 @@ def test_a_table_without_whole_generations_says_what_to_calibrate(backbone, samp
     assert "hestctl calibrate --batch-size 4 --num-beams 2" in caught.value.hint
     with pytest.raises(HestError, match="no batch of 5"):
         budget_of(model_of(backbone), batch_size=5)
+
+
+class Silent:
+    def note(self, text):
+        pass
+
+    def advance(self, stage, done, total, figures):
+        pass
+
+
+def evaluated(engine, rows, generation=GENERATION, **asked):
+    with Meter(Unavailable("no counter here")) as meter:
+        return evaluate(
+            engine, rows, generation, meter, split="test", progress=Silent(), check=lambda: None, **asked
+        ).samples
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+def test_an_evaluation_counts_whole_generations_and_none_exceeds(kind, backbone, samples):
+    rows, model = samples(6, prompt=28), model_of(backbone)
+    tuner, plan = hardened(backbone, rows, model=model, ratio=0.6)
+    with torch.no_grad():
+        tuner.spectral.gate.threshold.fill_(-50.0)
+    found = evaluated(kind(backbone, tuner.spectral, plan, blocks=plan.blocks), rows, score=False)
+    assert [s.batch_size for s in found] == [4] * 4 + [2] * 2
+    for sample in found:
+        batch = [s for s in found if s.batch_index == sample.batch_index]
+        longest, new = max(s.prompt_tokens for s in batch), 6
+        base = total(model.generation(len(batch), 2, "ordinal", plan.blocks), longest, new)
+        states = (sample.directions_off, sample.directions_int8, sample.directions_full)
+        directions_j = sum(count * price for count, price in zip(states, plan.costs_j, strict=True))
+        assert sample.scope_energy_j == pytest.approx(base / len(batch) + directions_j)
+        bill = plan.bill(len(batch), 2)
+        assert sample.emax_j == pytest.approx(total(bill.emax.batch, longest, new) / len(batch))
+        assert sample.scope_energy_j <= 0.99 * sample.emax_j
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+def test_beams_that_run_on_after_the_longest_answer_are_counted(kind, backbone, samples):
+    """A stop that half of the beams take at once: the best answer is short, the search goes on."""
+    rows, model = samples(2, prompt=20), model_of(backbone)
+    tuner, plan = hardened(backbone, rows, model=model, ratio=0.9)
+    engine = kind(backbone, tuner.spectral, plan, blocks=plan.blocks)
+    out = engine.generate(rows, new_tokens=6, num_beams=2, forced_length=True)
+    prompts = [len(row.prompt_ids) for row in rows]
+    shorter = replace(out, new_ids=[ids[:1] for ids in out.new_ids])
+    assert ran(engine, shorter.counts_QLS, prompts, 2) == 6
+    short = engine.generate(rows, new_tokens=2, num_beams=2, forced_length=True)
+    assert ran(engine, short.counts_QLS, prompts, 2) == 2
+
+
+def test_what_a_plan_refuses_is_refused_before_anything_is_generated(backbone, samples, monkeypatch):
+    rows, model = samples(4, prompt=28), model_of(backbone)
+    budget = budget_of(model, None, emax_j=0.9 * total(model.generation(4, 2, "linear", None), 32, 6) / 4)
+    tuner, plan = hardened(backbone, rows, model=model, budget=budget)
+    engine = Generator(backbone, tuner.spectral, plan, blocks=plan.blocks)
+    monkeypatch.setattr(Generator, "generate", lambda *a, **k: pytest.fail("generated"))
+    monkeypatch.setattr(Generator, "label_scores", lambda *a, **k: pytest.fail("scored"))
+    for labels in ((), ("yes", "no")):
+        with pytest.raises(HestError, match="not even one new token") as caught:
+            evaluated(engine, [*rows, *samples(1, prompt=4000, seed=3)], labels=labels)
+        assert caught.value.exit_code == Exit.OVER_BUDGET
+    other = Generator(backbone, tuner.spectral, plan)
+    with pytest.raises(HestError, match="other states than the plan"):
+        evaluated(other, rows)
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+def test_labels_are_scored_within_the_envelope(kind, backbone, samples):
+    rows, model = samples(4, prompt=28), model_of(backbone)
+    tuner, plan = hardened(backbone, rows, model=model, ratio=0.7)
+    engine = kind(backbone, tuner.spectral, plan, blocks=plan.blocks)
+    longest = max(len(row.prompt_ids) for row in rows)
+    for sample in evaluated(engine, rows, labels=("yes", "no"), score=False):
+        base = total(model.generation(4, 2, "ordinal", plan.blocks), longest, 1)
+        assert base / 4 < sample.scope_energy_j <= 0.99 * sample.emax_j
