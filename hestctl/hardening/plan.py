@@ -160,7 +160,7 @@ class Plan:
         return Ledger(income_LQ.to(device), order_LR, self.tariff, uses_int8=self.uses_int8)
 
     def max_new_tokens_for(
-        self, prompt_tokens: Sequence[int], num_beams: int, asked: int, names: Sequence[str] = ()
+        self, prompt_tokens: Sequence[int], num_beams: int | None, asked: int, names: Sequence[str] = ()
     ) -> int:
         """The most new tokens, ``asked`` at most, at which a batch is within E_max wherever it stops.
 
