@@ -79,14 +79,19 @@ def search(
                 study.close_left(elsewhere=True)
             progress.note(f"search {run.run_id}; another worker: hestctl train --join {run.run_id}")
             part = Part(run.run_id, backbone, data)
-            with crew(s.search.workers - 1, recorder.folder, s.db, backbone.device, progress) as others:
-                _try_all(study, goal, s, store, part, recorder, others, progress)
+            try:
+                with crew(s.search.workers - 1, recorder.folder, s.db, backbone.device, progress) as others:
+                    _try_all(study, goal, s, store, part, recorder, others, progress)
+            finally:
+                _record_ended(study, recorder, progress)
+            recorder.check()
             run.summary = {**run.summary, "importance": study.importance()}
             recorder.commit()
             _draw(store, recorder, figures, progress)
             best = _best(study, goal, s)
             run.summary = {**run.summary, "best_trial": best.number, **best.params}
             recorder.commit()
+            recorder.check()
             progress.note(f"best trial {best.number + 1}: {_told(best.params)}; training it once more")
             part = replace(part, trials=study.counted())
             return _train_best(_tried(s, best.params, goal), store, part, progress)
@@ -235,7 +240,6 @@ def _try_all(
     progress: Progress,
 ) -> None:
     """Take trials until all workers together have done them, and record each as it ends."""
-    known = {row["number"] for row in recorder.folder.read_lines("trials").rows}
     working = True
     while working:
         recorder.check()
@@ -246,13 +250,18 @@ def _try_all(
             working = study.under_way()
             if working:
                 time.sleep(_LOOK_S)
-        for row in study.ended():
-            if row["number"] not in known:
-                known.add(row["number"])
-                recorder.trial(row)
-                progress.note(_line(row, s.search.trials))
-        recorder.commit()
+        _record_ended(study, recorder, progress)
         others.look()
+
+
+def _record_ended(study: Study, recorder: Recorder, progress: Progress) -> None:
+    """Put into the store what the journal has of trials that ended, whoever tried them, and tell it."""
+    known = {row["number"] for row in recorder.folder.read_lines("trials").rows}
+    for row in study.ended():
+        if row["number"] not in known:
+            recorder.trial(row)
+            progress.note(_line(row, recorder.run.settings["search"]["trials"]))
+    recorder.commit()
 
 
 def _try_one(
