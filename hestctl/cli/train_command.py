@@ -79,6 +79,8 @@ def train(
 
     hest trains within a budget: E_max = --emax-ratio x the joules of the latest comparable tabs run
     (or a prediction, marked so), or --emax JOULES.
+
+    In several processes: accelerate launch --multi_gpu --num_processes N -m hestctl train ...
     """
     from hestctl.cli import out
     from hestctl.cli.settings_view import show_settings
@@ -142,21 +144,38 @@ def train(
     searching = settings.search.trials > 0 and not trial
     if resume and searching:
         raise HestError("a search cannot be resumed, only a run", "leave out --trials", Exit.USAGE)
+    from hestctl.training.ranks import joined, launched, launched_alone
+    from hestctl.workflows.follow import follow
     from hestctl.workflows.search import search
     from hestctl.workflows.train import Resume, train
 
+    if searching and launched():
+        raise HestError(
+            "a search does not divide its trainings over processes", "leave out --trials", Exit.USAGE
+        )
+
     store = Store(settings.db)
-    with out.reporting(quiet) as progress:
+    with (
+        joined(settings.backbone.device, settings.train.rank_timeout_s) as ranks,
+        out.reporting(quiet or not ranks.first) as progress,
+    ):
+        if not ranks.first:
+            follow(settings, ranks, progress)
+            return
+        if launched_alone():
+            progress.note(f"accelerate launch --cpu started one process; for several: {LAUNCH} --device cpu")
         if searching:
             done = search(settings, store, progress)
         else:
             resuming = Resume(run, force) if resume else None
-            done = train(settings, store, progress, resuming=resuming)
+            done = train(settings, store, progress, resuming=resuming, ranks=ranks)
     if json:
         out.document(as_json(done))
     else:
         show(done, settings.db)
 
+
+LAUNCH = "accelerate launch --multi_gpu --num_processes N -m hestctl train"
 
 TRIAL = {
     "train.epochs": 1,
