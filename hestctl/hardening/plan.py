@@ -186,6 +186,14 @@ class Plan:
             )
         return most
 
+    def fixed_states(self, device: torch.device) -> dict[int, Tensor]:
+        """The states (R,) of every layer whose directions no token moves."""
+        return {
+            layer: torch.tensor(states, device=device)
+            for layer, states in enumerate(self.fixed or ())
+            if states is not None
+        }
+
     def joules(self, counts: Tensor) -> float:
         """Joules of logged state counts (..., S), by the energy table."""
         _, int8, full = counts.reshape(-1, 3).sum(0).tolist()

@@ -15,7 +15,6 @@ from hestctl.energy.meter import Meter
 from hestctl.energy.protocol import Unavailable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
-from hestctl.generation.evaluate import _ran as ran
 from hestctl.generation.evaluate import evaluate
 from hestctl.generation.native import NativeGenerator
 from hestctl.hardening import harden as harden_module
@@ -23,7 +22,7 @@ from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
 from hestctl.model.methods import build_tuner
-from hestctl.records import INT8, BlockStates
+from hestctl.records import FULL, INT8, OFF, BlockStates
 from hestctl.settings import GenerationSettings, MethodSettings
 
 GENERATION = GenerationSettings(new_tokens=6, num_beams=2, batch_size=4)
@@ -70,9 +69,11 @@ def budget_of(model, ratio=0.7, **changes):
     return resolve_budget(**{**asked_of(model, ratio), **changes})
 
 
-def hardened(backbone, rows, *, model=None, ratio=0.7, spend="all", name="hest", blocks=None, budget=None):
+def hardened(
+    backbone, rows, *, model=None, ratio=0.7, spend="all", name="hest", blocks=None, budget=None, tuner=None
+):
     model = model or model_of(backbone)
-    tuner = tuner_of(backbone, rows, name)
+    tuner = tuner or tuner_of(backbone, rows, name)
     if blocks is None and name == "hest":
         logits = torch.tensor([0.0, 2.0, 3.0]).repeat(backbone.num_layers, 2, 1)
         logits += torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
@@ -287,18 +288,25 @@ def test_an_evaluation_counts_whole_generations_and_none_exceeds(kind, backbone,
         assert sample.scope_energy_j <= 0.99 * sample.emax_j
 
 
+def test_the_plans_margin_covers_the_models_error(backbone, samples):
+    _, plan = hardened(backbone, samples(3), model=model_of(backbone, error=0.06), ratio=0.8)
+    assert plan.margin == 0.06
+    assert plan.energies.worst_ratio <= 0.94
+
+
 @pytest.mark.parametrize("kind", [Generator, NativeGenerator])
-def test_beams_that_run_on_after_the_longest_answer_are_counted(kind, backbone, samples):
-    """A stop that half of the beams take at once: the best answer is short, the search goes on."""
+def test_beams_that_run_on_after_the_longest_answer_are_counted(kind, backbone, samples, monkeypatch):
+    """The best answer may be short while the search goes on: the log says how long it did."""
     rows, model = samples(2, prompt=20), model_of(backbone)
     tuner, plan = hardened(backbone, rows, model=model, ratio=0.9)
     engine = kind(backbone, tuner.spectral, plan, blocks=plan.blocks)
     out = engine.generate(rows, new_tokens=6, num_beams=2, forced_length=True)
-    prompts = [len(row.prompt_ids) for row in rows]
     shorter = replace(out, new_ids=[ids[:1] for ids in out.new_ids])
-    assert ran(engine, shorter.counts_QLS, prompts, 2) == 6
-    short = engine.generate(rows, new_tokens=2, num_beams=2, forced_length=True)
-    assert ran(engine, short.counts_QLS, prompts, 2) == 2
+    monkeypatch.setattr(kind, "generate", lambda *a, **k: shorter)
+    for sample in evaluated(engine, rows, score=False):
+        assert sample.new_tokens == 1
+        emax = plan.bill(2, 2).emax.batch
+        assert sample.emax_j == pytest.approx(total(emax, max(len(row.prompt_ids) for row in rows), 6) / 2)
 
 
 def test_what_a_plan_refuses_is_refused_before_anything_is_generated(backbone, samples, monkeypatch):
@@ -326,3 +334,30 @@ def test_labels_are_scored_within_the_envelope(kind, backbone, samples):
     for sample in evaluated(engine, rows, labels=("yes", "no"), score=False):
         base = total(model.generation(4, 2, "ordinal", plan.blocks), longest, 1)
         assert base / 4 < sample.scope_energy_j <= 0.99 * sample.emax_j
+
+
+def test_directions_that_no_token_moves_are_fixed_for_good(backbone, samples):
+    rows = samples(6, prompt=40)
+    tuner = tuner_of(backbone, rows)
+    gate = tuner.spectral.gate
+    with torch.no_grad():
+        gate.threshold[0, ::2], gate.threshold[0, 1::2] = -30.0, 30.0
+        gate.threshold[1, :3], gate.threshold[1, 3] = -30.0, 30.0
+    _, plan = hardened(backbone, rows, ratio=0.9, tuner=tuner)
+    assert plan.shift == 0
+    assert plan.fixed == ((FULL, OFF) * 8, *[None] * (backbone.num_layers - 1))
+    assert set(gate.threshold[0].tolist()) == {-1e4, 1e4}
+    assert gate.threshold[1, :4].tolist() == [-1e4, -1e4, -1e4, 1e4]
+    assert gate.threshold[1, 4:].abs().max() < 1e3
+    assert Plan.from_dict(json.loads(json.dumps(plan.as_dict()))) == plan
+
+
+def test_folding_gives_way_to_the_budget(backbone, samples, monkeypatch):
+    rows = samples(6, prompt=40)
+    tuner = tuner_of(backbone, rows)
+    with torch.no_grad():
+        tuner.spectral.gate.threshold[0] = -30.0
+    monkeypatch.setattr(harden_module, "_hardened_j", lambda looks, plan, lengths: [1e9] * len(looks))
+    _, plan = hardened(backbone, rows, ratio=0.9, tuner=tuner)
+    assert plan.fixed is None
+    assert set(tuner.spectral.gate.threshold[0].tolist()) == {-30.0}

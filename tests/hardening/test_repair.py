@@ -82,7 +82,8 @@ def worst_share(model, budget, states, position_j=1e-5):
 def test_the_worst_case_fits_and_nothing_that_would_fit_is_left_out(ratio, spend, seed):
     model = SimulatedModel(LAYERS)
     budget = budget_of(model, ratio)
-    states, choices = chosen(model, budget, logits_of(seed), spend=spend, known=sensitivities(seed=seed))
+    known = sensitivities(int8=2e-3, seed=seed)
+    states, choices = chosen(model, budget, logits_of(seed), spend=spend, known=known)
     assert worst_share(model, budget, states) <= 0.99 * (1 + 1e-9)
     assert [[c.state for c in pair] for pair in choices] == [
         [states.attention[i], states.mlp[i]] for i in range(LAYERS)
@@ -90,7 +91,11 @@ def test_the_worst_case_fits_and_nothing_that_would_fit_is_left_out(ratio, spend
     for layer in range(LAYERS):
         for block in range(2):
             state = states.state(layer, block)
-            if state != FULL and not (state == INT8 and spend == "useful"):
+            if choices[layer][block].why == "free":
+                assert spend == "useful"
+                assert not known.int8_harms(layer, block)
+            free = state == INT8 and spend == "useful" and not known.int8_harms(layer, block)
+            if state != FULL and not free:
                 raised = raise_one(states, layer, block)
                 assert worst_share(model, budget, raised) > 0.99
     if spend == "all" and ratio <= 0.9:
@@ -215,3 +220,19 @@ def test_greedy_logits_demote_the_least_sensitive_first():
     assert kept
     # A block that was kept may be too large for what was left, never worth less a joule than all others.
     assert min(lowered) < min(kept)
+
+
+def test_joules_to_spare_raise_a_block_all_the_way():
+    model = SimulatedModel(LAYERS)
+    off = logits_of() * torch.tensor([1.0, -1.0, -1.0])
+    states, choices = chosen(model, budget_of(model, 1.2), off, spend="all")
+    assert states.all_full
+    assert {(c.decided, c.why) for pair in choices for c in pair} == {(OFF, "spare")}
+
+
+def test_what_the_directions_decide_to_spend_is_left_to_them():
+    model = SimulatedModel(LAYERS)
+    budget = budget_of(model, 0.9)
+    states, _ = chosen(model, budget, logits_of(), spend="all", position_j=5e-3)
+    assert worst_share(model, budget, states, position_j=5e-3) <= 0.99 * (1 + 1e-9)
+    assert chosen(model, budget, logits_of(), spend="all", position_j=0.0)[0] != states
