@@ -12,7 +12,9 @@ import pytest
 from cli_tools import TINY, TRIAL, Study, lines_of, run_child, run_cli
 
 from hestctl.calibration import measure
+from hestctl.energy.model import EnergyModel, Terms
 from hestctl.errors import Exit
+from hestctl.records import BLOCKS, STATES
 
 CALIBRATE = ("calibrate", *TINY, "--lengths", "16,48", "-q", "--json")
 PROFILE = ("profile", "--seq-len", "64", "--new-tokens", "3", "--repeats", "2", "-q", "--json")
@@ -79,10 +81,13 @@ def test_what_a_block_costs_in_each_state_is_told(tmp_path: Path) -> None:
     assert [(row["block"], row["state"]) for row in rows] == [
         (block, state) for block in ("attention", "mlp") for state in ("full", "int8")
     ]
+    model = EnergyModel.from_dict(document["table"]["model"])
     for row in rows:
         assert (row["batch_size"], row["num_beams"], row["prompt_tokens"]) == (1, 1, 48)
-        assert row["prefill_j_per_prompt_token"] >= 0
-        assert row["decode_j_per_step"] >= 0
+        costs = model.component(1, 1, BLOCKS.index(row["block"]), STATES.index(row["state"]))
+        assert isinstance(costs, Terms)
+        assert row["prefill_j_per_prompt_token"] == pytest.approx(costs.prefill_j(48) / 48)
+        assert row["decode_j_per_step"] == pytest.approx(costs.decode_j(48, 33) / 32)
         for phase, name in (("prefill", "prefill_j_per_prompt_token"), ("decode", "decode_j_per_step")):
             full = next(r for r in rows if r["block"] == row["block"] and r["state"] == "full")[name]
             ratio = row[f"{phase}_ratio_of_full"]
