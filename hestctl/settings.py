@@ -35,6 +35,7 @@ from pydantic_settings import (
 
 from hestctl import __version__
 from hestctl.errors import Exit, HestError
+from hestctl.records import FULL, INT8, OFF, BlockStates
 
 DEFAULT_PROFILE = "quickstart"
 _PREFIX = "HESTCTL_"
@@ -88,6 +89,21 @@ class BackboneSettings(_Section):
     precision: BackbonePrecision = "full"
     skip_last: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def blocks(self, layers: int) -> BlockStates:
+        """The states that these controls give the blocks of a model of that many layers.
+
+        Raises HestError (usage) where more layers are to be left out than there are.
+        """
+        if self.skip_last > layers:
+            raise HestError(
+                f"backbone.skip_last={self.skip_last}: {self.name} has {layers} layers",
+                f"leave out at most {layers}",
+                Exit.USAGE,
+            )
+        state = INT8 if self.precision == "int8" else FULL
+        states = (state,) * (layers - self.skip_last) + (OFF,) * self.skip_last
+        return BlockStates(states, states)
 
 
 class DataSettings(_Section):

@@ -12,7 +12,8 @@ ASKED = {
     "emax_ratio": 0.6,
     "reference": None,
     "costs_j": (0.0, 1.0, 2.0),
-    "predicted_j": 50.0,
+    "predicted_j": 0.5,
+    "prompt_tokens": 40.0,
     "max_new_tokens": 10,
     "num_beams": 2,
 }
@@ -24,7 +25,7 @@ def test_emax_outright_beats_the_ratio():
 
 
 def test_emax_from_a_reference_prices_its_logged_states_with_todays_table():
-    reference = Reference("tabs-1", int8_per_sample=10, full_per_sample=40, new_tokens=8.5)
+    reference = Reference("tabs-1", int8_per_sample=10, full_per_sample=40, prompt_tokens=90, new_tokens=8.5)
     budget = resolve_budget(**{**ASKED, "reference": reference})
     assert budget.emax_j == pytest.approx(0.6 * (10 * 1 + 40 * 2))
     assert "tabs-1" in budget.origin
@@ -46,7 +47,7 @@ def test_no_budget_at_all_is_a_usage_error():
 
 
 def test_predicted_tabs_opens_half_of_all_directions():
-    assert predicted_tabs_j(100, layers=3, rank=16, full_j=2.0) == 0.5 * 100 * 3 * 16 * 2.0
+    assert predicted_tabs_j(layers=3, rank=16, full_j=2.0) == 0.5 * 3 * 16 * 2.0
 
 
 @pytest.mark.parametrize("kind", ["plain", "clamp", "pi"])

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hestctl.budget import Bill, Emax
 from hestctl.data.prompts import Encoded
-from hestctl.energy.model import VARIANTS, GateKind, Phase, State, uniform
+from hestctl.energy.model import VARIANTS, GateKind, Phase, State, Terms, uniform
 from hestctl.generation.engines import EngineKind
 from hestctl.generation.native import NativeGenerator
 from hestctl.hardening.plan import PLAN_VERSION, Plan
@@ -25,6 +26,7 @@ from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import build_tuner
 from hestctl.model.spectral import SpectralAdapters
+from hestctl.records import BlockStates
 from hestctl.settings import MethodName, MethodSettings
 
 TOKENS = 256
@@ -142,21 +144,29 @@ def _adapters(
 def _open_plan(spectral: SpectralAdapters) -> Plan:
     """A plan whose budget allows everything: what a ledger costs does not hang on what it allows."""
     layers, _, rank = spectral.shape
+    emax_j = 1e8
     return Plan(
         version=PLAN_VERSION,
         run_id="calibration",
         method="hest",
         scope="adapter",
+        envelope="absolute",
         backbone="",
         fingerprint="",
         device_name="",
         calibration_id="",
+        table_key="",
         energy_kind="none",
         costs_j=(0.0, 0.5, 1.0),
         uses_int8=spectral.uses_int8,
-        emax_j=1e8,  # more, and a long run of one-token steps would leave the ledger's integers
+        emax_j=emax_j,
         emax_origin=None,
         margin=0.0,
+        batch_size=1,
+        num_beams=1,
+        max_new_tokens=1,
+        bills=(Bill(1, 1, Terms.zero(), Emax(Terms.zero(), Terms(call_j=emax_j))),),
+        blocks=BlockStates.uniform(layers),
         pace=(1 / layers,) * layers,
         order=(tuple(range(rank)),) * layers,
         shift=0.0,

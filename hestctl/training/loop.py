@@ -26,7 +26,7 @@ from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.likelihood import answer_loss, last_hidden
 from hestctl.model.methods import Tuner
 from hestctl.model.spectral import applied, normalise
-from hestctl.records import StepMetric
+from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
 from hestctl.training.network import BlockDraw, BlockTraining
@@ -255,7 +255,8 @@ class Trainer:
             drawn = None if self.blocks is None else self.blocks.draw(self.step, noise)
             # Open during the backward pass too: some versions of transformers recompute a checkpointed
             # layer together with its hooks.
-            with self._blocks_run(drawn), applied(self.backbone.layers, gates) if gates else nullcontext():
+            states = None if drawn is None else drawn.states
+            with self._blocks_run(states), self._adapters_run(gates):
                 with self._precision():
                     task = answer_loss(self.backbone, batch) / answer_tokens
                 loss = task
@@ -264,6 +265,8 @@ class Trainer:
                     loss = task + self._energy_term(gates, drawn, batch, rows, totals)
                     shares.append(gates.shares())
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            if drawn is not None and drawn.probe is not None:
+                self._measure(drawn, batch, noise, float(task.detach()) * answer_tokens)
         if shares:
             off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
             totals.shares = (off, int8, full)
@@ -286,7 +289,7 @@ class Trainer:
             blocks, blocks_j = self.blocks.energy_j(drawn, batch.prompt_tokens.tolist(), self._new_tokens)
             expected = expected + blocks / len(rows)
             decided_j += blocks_j / len(rows)
-            term = self.blocks.int8_term(drawn) * len(batch.prompt_tokens) / len(rows)
+            term = self.blocks.worth(drawn) * len(batch.prompt_tokens) / len(rows)
         totals.expected_j += float(expected.detach())
         totals.decided_j += decided_j
         if self.budget is None or self.multiplier is None:
@@ -301,10 +304,25 @@ class Trainer:
         emax = self.blocks.prices.emax
         return sum(emax.total_j(len(row.prompt_ids), self._new_tokens) for row in rows) / len(rows)
 
-    def _blocks_run(self, drawn: BlockDraw | None) -> AbstractContextManager[None]:
-        if drawn is None or (drawn.on_L2 is None and drawn.states.all_full):
+    def _blocks_run(self, states: BlockStates | None) -> AbstractContextManager[None]:
+        if states is None or states.all_full:
             return nullcontext()
-        return in_states(self.backbone.layers, drawn.states, self._codes, on_L2=drawn.on_L2)
+        return in_states(self.backbone.layers, states, self._codes)
+
+    def _adapters_run(self, gates: GatePass | None) -> AbstractContextManager[None]:
+        return nullcontext() if gates is None else applied(self.backbone.layers, gates)
+
+    @torch.no_grad()
+    def _measure(self, drawn: BlockDraw, batch: TrainBatch, noise: GateNoise, nll: float) -> None:
+        """Run the micro-batch with the probed block turned over: what is it worth?"""
+        assert self.blocks is not None
+        assert drawn.probe is not None
+        gates = self._adapters_run(self._gates(batch, noise))
+        with self._blocks_run(drawn.turned()), gates, self._precision():
+            turned = float(answer_loss(self.backbone, batch))
+        layer, block = drawn.probe
+        sign = -1 if drawn.states.state(layer, block) == OFF else 1
+        self.blocks.observe(drawn.probe, sign * (turned - nll) / int(batch.answer_tokens.sum()))
 
     def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:

@@ -266,7 +266,7 @@ class _Bench:
         s, backbone = variant.settings, self.backbone
         if variant.text not in self.kinds:
             self.kinds[variant.text] = with_kernels(
-                engine_for(backbone, s.generation.engine, s.backbone.precision),
+                engine_for(backbone, s.generation.engine, s.backbone.blocks(backbone.num_layers)),
                 stored_table(s, backbone, self.meter, self.store, self.progress),
             )
         kind = self.kinds[variant.text]
@@ -275,7 +275,8 @@ class _Bench:
         trained = self._hardened(variant.method)
         if trained is not None:
             self._tell(f"{variant.text}: adapters and plan of run {trained.run_id}")
-            return kind, load_hardened(self.store, trained, backbone, self.meter.device_name, kind)
+            # Against no table: a variant runs the plan as it is, in whatever precision it is about.
+            return kind, load_hardened(self.store, trained, backbone, self.meter.device_name, kind, None)
         self._tell(
             f"{variant.text}: adapters as initialised"
             + (", hardened for each length" if METHODS[variant.method].budgeted else "")
@@ -293,13 +294,13 @@ class _Bench:
         budget = None
         if METHODS[variant.method].budgeted:
             new_tokens = s.profile.new_tokens
-            work = num_beams * (len(prompts[0].prompt_ids) + new_tokens)
             budget = resolve_budget(
                 emax_j=s.budget.emax_j,
                 emax_ratio=s.budget.emax_ratio,
                 reference=None,
                 costs_j=table.costs_j,
-                predicted_j=predicted_tabs_j(work, backbone.num_layers, s.method.rank, table.full.joules),
+                predicted_j=predicted_tabs_j(backbone.num_layers, s.method.rank, table.full.joules),
+                prompt_tokens=len(prompts[0].prompt_ids),
                 max_new_tokens=new_tokens,
                 num_beams=num_beams,
             )
@@ -312,6 +313,7 @@ class _Bench:
             table=table,
             budget=budget,
             margin=s.budget.margin,
+            generation=GenerationSettings(new_tokens=s.profile.new_tokens, num_beams=num_beams),
         )
         return kind.make(backbone, tuner.spectral, plan)
 

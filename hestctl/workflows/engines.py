@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
+from hestctl.generation.engine import blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.hardening.plan import read_plan
 from hestctl.kernels.choose import Choices
@@ -22,8 +23,9 @@ from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
 
 def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
     """What this run generates with; told where it is not hestctl's own. Raises HestError (usage)."""
-    kind = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
-    told = "" if kind.precision == "full" else ", the backbone's MatMuls in int8"
+    blocks = settings.backbone.blocks(backbone.num_layers)
+    kind = engine_for(backbone, settings.generation.engine, blocks)
+    told = "" if blocks.all_full else f", blocks: {blocks_note(blocks)}"
     progress.note(f"engine: {kind.name}{told}" + (f" ({kind.reason})" if kind.reason else ""))
     return kind
 
@@ -40,10 +42,18 @@ def record_engine(run: Run, kind: EngineKind, engine: Engine) -> None:
     run.summary = {**run.summary, "engine": kind.told(engine)}
 
 
-def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str, kind: EngineKind) -> Engine:
+def load_hardened(
+    store: Store,
+    run: Run,
+    backbone: Backbone,
+    device_name: str,
+    kind: EngineKind,
+    table: EnergyTable | None,
+) -> Engine:
     """The engine of a finished run, its adapters exactly as they were hardened.
 
-    Raises HestError when the files are missing or damaged, or were made for another backbone.
+    ``table`` is the energy table of today, None where there is none to hold the plan against. Raises
+    HestError when the files are missing or damaged, or were made for another backbone, device or table.
     """
     folder = RunFolder(store.root, run.run_id).path
     settings = MethodSettings.model_validate(run.settings["method"])
@@ -55,7 +65,7 @@ def load_hardened(store: Store, run: Run, backbone: Backbone, device_name: str, 
         )
     plan = read_plan(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None:
-        plan.check(backbone.fingerprint, device_name)
+        plan.check(backbone.fingerprint, device_name, None if table is None else table.key)
     states = (0, 1, 2) if plan is not None and plan.uses_int8 else (0, 2)
     tuner = new_tuner(settings, backbone, states, 0)
     if METHODS[settings.name].trained:

@@ -137,7 +137,7 @@ def target_of(settings: Settings, backbone: Backbone) -> Target:
 
     Whatever states the settings give its blocks: all of them are in its table.
     """
-    engine = engine_for(backbone, settings.generation.engine, "full")
+    engine = engine_for(backbone, settings.generation.engine, None)
     return Target(backbone, engine, settings.method)
 
 

@@ -164,7 +164,7 @@ def _start(s: Settings, store: Store, progress: Progress, budgeted: bool) -> tup
         run = queries.get_run(store, reference.run_id)
         table = stored_table(s, backbone, meter, store, progress)
         kind = with_kernels(chosen_engine(s, backbone, progress), table)
-        generator = load_hardened(store, run, backbone, meter.device_name, kind)
+        generator = load_hardened(store, run, backbone, meter.device_name, kind, table)
         record_engine(row, kind, generator)
         result = evaluate(
             generator,

@@ -84,7 +84,7 @@ class Gates:
         self._real_W = torch.ones(requests * beams, dtype=torch.bool, device=device)
         self._states_S = torch.arange(3, device=device)
         self._step_LWR: list[Tensor] = []
-        self._ledger = None if plan is None else plan.ledger(torch.ones(requests, device=device))
+        self._ledger = None if plan is None else plan.ledger([1] * requests, 0, None, device)
         counts_LQS = torch.zeros(layers, requests, 3, dtype=torch.int64, device=device)
         self.counts_QLS = counts_LQS.transpose(0, 1)
         self._fused = None
@@ -94,12 +94,12 @@ class Gates:
             self._fused = FusedDecode(weights, self._ledger, counts_LQS, beams=beams)
 
     def begin(self, prompts: Prompts, new_tokens: int) -> None:
-        """A new batch of at most ``new_tokens`` each: empty log, fresh purses."""
+        """A new batch of at most ``new_tokens`` each (0: scored alone): empty log, fresh purses."""
         self._prompts = prompts
         self.counts_QLS.zero_()
         if self._plan is not None and self._ledger is not None:
-            work_Q = (torch.tensor(prompts.lengths, device=self._device) + new_tokens) * self._beams
-            fresh = self._plan.ledger(work_Q)
+            beams = self._beams if new_tokens else None
+            fresh = self._plan.ledger(prompts.lengths, new_tokens, beams, self._device)
             assert fresh is not None
             self._ledger.restart(fresh)
             self._real_QT = torch.zeros(
