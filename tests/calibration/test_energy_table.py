@@ -26,6 +26,7 @@ QUICK = {
     "energy.calibration_s": 0.001,
     "energy.lengths": "4,12",
     "energy.batch_sizes": "1",
+    "method.scope": "adapter",
     "generation.batch_size": 2,
     "backbone.device": "cpu",
 }
