@@ -176,6 +176,7 @@ class TrainSettings(_Section):
     ``gate_learning_rate`` for controllers, ``threshold_learning_rate`` for thresholds (in spreads of
     their layer's scores), ``block_learning_rate`` for those of whole blocks. ``max_energy_j`` is what a
     run's training may spend by the live meter, over all restarts: evaluations and checkpoints in it count.
+    ``rank_timeout_s``: how long one of several processes waits for the others, evaluations among that.
     """
 
     epochs: int = Field(default=3, ge=1)
@@ -202,6 +203,7 @@ class TrainSettings(_Section):
     early_stop_samples: int = Field(default=16, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     seed: int = Field(default=42, ge=0)
+    rank_timeout_s: float = Field(default=7200.0, gt=0)
 
 
 class GenerationSettings(_Section):
@@ -246,9 +248,16 @@ class ProfileSettings(_Section):
 
 
 class SearchSettings(_Section):
-    """The Optuna search: ranges are ``[low, high]``, choices are lists."""
+    """The Optuna search: ranges are ``[low, high]``, choices are lists.
+
+    ``trials`` are counted over all workers, ``workers`` is how many processes of this machine try them.
+    ``joules`` auto takes the meter's where one measures and a single process works, else those that the
+    energy table predicts; only a search by predicted joules can be joined.
+    """
 
     trials: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=1, le=256)
+    joules: Literal["auto", "predicted"] = "auto"
     timeout_min: float = Field(default=360.0, gt=0)
     learning_rate: Range = (1e-5, 5e-4)
     controller_width: Choices = (16, 32, 64)

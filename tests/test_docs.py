@@ -43,7 +43,8 @@ def test_every_command_line_in_the_documents_exists():
 def test_every_flag_and_key_the_documents_speak_of_exists(document):
     commands = typer.main.get_command(app).commands.values()
     known = set().union(*(flags_of(command) for command in commands)) | {"--debug", "--version", "--help"}
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", document)):
+    known |= {"--multi_gpu", "--num_processes"}  # Accelerate's
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", document)):
         assert flag in known, flag
     for key in set(re.findall(r"--set ([a-z_.]+)=|`(energy\.[a-z_]+)`", document)):
         assert "".join(key) in set(keys()), key
@@ -88,7 +89,7 @@ def test_joules_has_the_word_of_every_column_of_the_store():
         words |= dict.fromkeys(re.findall(r"`(.*?)`", named), word)
     assert set(words) == joules
     for column, word in words.items():
-        is_kind = re.fullmatch(r"`(runs|samples|windows)\.(energy_)?kind`", word)
+        is_kind = re.fullmatch(r"`(runs|samples|windows|trials)\.(energy_)?kind`", word)
         assert is_kind or word.startswith("predicted"), (column, word)
 
 

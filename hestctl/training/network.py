@@ -137,10 +137,19 @@ class BlockTraining:
         score_L = gate.controller.layer_scores()
         gate.blocks.start(score_L, full_L2.to(score_L), on_L2.to(score_L))
 
-    def draw(self, step: int, noise: GateNoise | None) -> BlockDraw:
-        """This micro-batch's states. Settles them when ``step`` has come so far."""
-        if self.fixed is None and step >= self._settle_step:
-            self._settle()
+    def settle(self, step: int) -> None:
+        """Fix the states when ``step`` has come so far; before that step, and on every rank."""
+        if self.fixed is not None or step < self._settle_step:
+            return
+        assert self._gate is not None
+        assert self._gate.blocks is not None
+        assert self._choose is not None
+        with torch.no_grad():
+            self.fixed = self._choose(self._gate.block_logits())
+            self._gate.blocks.settle(self._gate.controller.layer_scores(), self.fixed)
+
+    def draw(self, noise: GateNoise | None) -> BlockDraw:
+        """This micro-batch's states."""
         if self.fixed is not None:
             return BlockDraw(self.fixed, _one_hot(self.fixed))
         assert self._gate is not None
@@ -202,14 +211,6 @@ class BlockTraining:
             self.fixed = BlockStates(tuple(fixed["attention"]), tuple(fixed["mlp"]))
         self._first_ratio = state["first_ratio"]
         self._off_L2 = torch.tensor(state["off"])
-
-    def _settle(self) -> None:
-        assert self._gate is not None
-        assert self._gate.blocks is not None
-        assert self._choose is not None
-        with torch.no_grad():
-            self.fixed = self._choose(self._gate.block_logits())
-            self._gate.blocks.settle(self._gate.controller.layer_scores(), self.fixed)
 
 
 def _states(state_L2: Tensor) -> BlockStates:

@@ -39,7 +39,7 @@ def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Un
 def open_meter(
     settings: EnergySettings,
     device: torch.device,
-    store: Store,
+    store: Store | None,
     progress: Progress,
     *,
     idle_w: float | None = None,
@@ -51,7 +51,7 @@ def open_meter(
     """
     counter = find_counter(settings, device)
     warnings: list[str] = []
-    if idle_w is None and not isinstance(counter, Unavailable):
+    if idle_w is None and store is not None and not isinstance(counter, Unavailable):
         idle_w, warnings = _certified(store, counter.device_uuid)
     synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
     with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
