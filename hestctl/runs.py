@@ -11,7 +11,7 @@ import re
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from datetime import UTC, datetime
@@ -209,7 +209,7 @@ def _resumable(folder: RunFolder, force: bool) -> Run:
 @contextmanager
 def _at_work(store: Store, folder: RunFolder, run: Run) -> Iterator[Recorder]:
     recorder = Recorder(folder, run)
-    with _signals(recorder):
+    with heeding(recorder.request_stop):
         try:
             try:
                 yield recorder
@@ -248,14 +248,14 @@ def _end_after(error: BaseException, store: Store, recorder: Recorder) -> None:
 
 
 @contextmanager
-def _signals(recorder: Recorder) -> Iterator[None]:
+def heeding(request_stop: Callable[[int], None]) -> Iterator[None]:
     """Turn signals into requests to stop. Forked data workers inherit this, so they do not mind them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def note(signum: int, _frame: FrameType | None) -> None:
-        recorder.request_stop(signum)
+        request_stop(signum)
 
     before = {number: signal.signal(number, note) for number in _STOPS}
     try:

@@ -35,6 +35,7 @@ from pydantic_settings import (
 
 from hestctl import __version__
 from hestctl.errors import Exit, HestError
+from hestctl.records import FULL, INT8, OFF, BlockStates
 
 DEFAULT_PROFILE = "quickstart"
 _PREFIX = "HESTCTL_"
@@ -89,6 +90,21 @@ class BackboneSettings(_Section):
     skip_last: int = Field(default=0, ge=0)
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def blocks(self, layers: int) -> BlockStates:
+        """The states that these controls give the blocks of a model of that many layers.
+
+        Raises HestError (usage) where more layers are to be left out than there are.
+        """
+        if self.skip_last > layers:
+            raise HestError(
+                f"backbone.skip_last={self.skip_last}: {self.name} has {layers} layers",
+                f"leave out at most {layers}",
+                Exit.USAGE,
+            )
+        state = INT8 if self.precision == "int8" else FULL
+        states = (state,) * (layers - self.skip_last) + (OFF,) * self.skip_last
+        return BlockStates(states, states)
+
 
 class DataSettings(_Section):
     """Where the samples come from; ``None`` for a count takes the whole split."""
@@ -116,7 +132,7 @@ class MethodSettings(_Section):
     """
 
     name: MethodName = "hest"
-    scope: Scope = "adapter"
+    scope: Scope = "network"
     layers: Literal["learned", "greedy"] = "learned"
     rank: int = Field(default=16, ge=1, le=256)
     controller_width: int = Field(default=32, ge=1, le=1024)
@@ -134,7 +150,8 @@ class BudgetSettings(_Section):
     number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
     joules given outright. In scope network the budget tightens from all that the backbone spends to E_max
     over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them
-    from there on. ``spend`` useful leaves joules unspent that buy no likelihood.
+    from there on. ``spend`` useful leaves joules unspent that buy no likelihood. Where blocks start is their
+    ``sensitivity``, over so many training samples: by one backward pass each, or exactly, block after block.
     """
 
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
@@ -146,6 +163,8 @@ class BudgetSettings(_Section):
     margin: float = Field(default=0.01, ge=0, lt=0.5)
     envelope: Literal["auto", "matched", "absolute"] = "auto"
     spend: Literal["useful", "all"] = "useful"
+    sensitivity: Literal["gradient", "exact"] = "gradient"
+    sensitivity_samples: int = Field(default=8, ge=2)
     tighten: float = Field(default=0.25, ge=0, le=1)
     settle: float = Field(default=0.5, ge=0, le=1)
 
@@ -157,6 +176,7 @@ class TrainSettings(_Section):
     ``gate_learning_rate`` for controllers, ``threshold_learning_rate`` for thresholds (in spreads of
     their layer's scores), ``block_learning_rate`` for those of whole blocks. ``max_energy_j`` is what a
     run's training may spend by the live meter, over all restarts: evaluations and checkpoints in it count.
+    ``rank_timeout_s``: how long one of several processes waits for the others, evaluations among that.
     """
 
     epochs: int = Field(default=3, ge=1)
@@ -183,6 +203,7 @@ class TrainSettings(_Section):
     early_stop_samples: int = Field(default=16, ge=0)
     keep_checkpoints: int = Field(default=2, ge=1)
     seed: int = Field(default=42, ge=0)
+    rank_timeout_s: float = Field(default=7200.0, gt=0)
 
 
 class GenerationSettings(_Section):

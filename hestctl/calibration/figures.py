@@ -1,24 +1,24 @@
 """The pieces of work whose joules the energy table lists, as generation runs them.
 
-Shape legend: N rows of a MatMul, D hidden size, K inputs, L layers, R directions, W rows (batch x beams).
+Shape legend: N rows of a MatMul, D hidden size, R directions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from hestctl.budget import Bill, Emax
 from hestctl.data.prompts import Encoded
-from hestctl.energy.model import GateKind, Phase
+from hestctl.energy.model import VARIANTS, GateKind, Phase, State, Terms, uniform
 from hestctl.generation.engines import EngineKind
+from hestctl.generation.native import NativeGenerator
 from hestctl.hardening.plan import PLAN_VERSION, Plan
-from hestctl.kernels.choose import Choices
 from hestctl.kernels.int8 import DEFAULT_KERNEL, Int8Linear
 from hestctl.kernels.products import why_not
 from hestctl.model.backbone import Backbone
@@ -26,6 +26,7 @@ from hestctl.model.controller import FactorisedController
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import build_tuner
 from hestctl.model.spectral import SpectralAdapters
+from hestctl.records import BlockStates
 from hestctl.settings import MethodName, MethodSettings
 
 TOKENS = 256
@@ -86,74 +87,6 @@ def _int8_adapter(x_ND: Tensor, down_DR: Tensor, up_RD: Tensor) -> Work:
     return lambda: up(down(x_ND))
 
 
-def matmul_key(phase: str, rows: int, group: int, state: str) -> str:
-    return f"matmuls/{phase}/rows-{rows}/shape-{group}/{state}"
-
-
-def matmul_figures(target: Target, rows: Iterable[int]) -> list[Figure]:
-    """All MatMuls of all layers of one shape, one layer after the other, so that no cache keeps a weight.
-
-    ``rows``: rows (batch x beams) of the decode steps asked for; a prefill is measured with 256. Those in
-    int8 run by the target's kernels.
-    """
-    backbone, choices = target.backbone, target.engine.choices
-    figures = []
-    for group, layers in enumerate(layer_groups(backbone)):
-        modules = [backbone.layers[layer] for layer in layers]
-        for phase, count in passes(rows):
-            for state in ("full", "int8"):
-                figures.append(
-                    Figure(
-                        matmul_key(phase, count, group, state),
-                        partial(_matmuls, modules, count, state, choices),
-                        count * len(layers),
-                    )
-                )
-    return figures
-
-
-def passes(rows: Iterable[int]) -> list[tuple[Phase, int]]:
-    """The phases whose MatMuls are measured, each with the rows of its MatMuls."""
-    return [("prefill", TOKENS), *(("decode", count) for count in rows)]
-
-
-def layer_groups(backbone: Backbone) -> list[tuple[int, ...]]:
-    """Layer indices, those whose MatMuls have the same shapes together."""
-    groups: dict[tuple[torch.Size, ...], list[int]] = {}
-    for index, layer in enumerate(backbone.layers):
-        groups.setdefault(tuple(w.shape for part in layer_weights(layer) for w in part), []).append(index)
-    return [tuple(group) for group in groups.values()]
-
-
-def layer_weights(layer: Any) -> list[list[Tensor]]:
-    """A decoder layer's weights (M x K), those with the same input together."""
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        [p.weight for p in part]
-        for part in (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj,),
-            (mlp.gate_proj, mlp.up_proj),
-            (mlp.down_proj,),
-        )
-    ]
-
-
-def _matmuls(layers: Sequence[nn.Module], rows: int, state: str, choices: Choices | None) -> Work:
-    parts = [part for layer in layers for part in layer_weights(layer)]
-    x_by_K = {part[0].shape[1]: part[0].new_full((rows, part[0].shape[1]), 0.01) for part in parts}
-    if state == "int8":
-        int8 = [(Int8Linear(part, kernel=_kernel(part, choices)), x_by_K[part[0].shape[1]]) for part in parts]
-        return lambda: [linear(x) for linear, x in int8]
-    return lambda: [F.linear(x_by_K[w.shape[1]], w) for part in parts for w in part]
-
-
-def _kernel(part: Sequence[Tensor], choices: Choices | None) -> str | Mapping[int, str]:
-    if choices is None:
-        return DEFAULT_KERNEL
-    return choices.kernels(sum(len(weight) for weight in part), part[0].shape[1])
-
-
 GATES: dict[GateKind, MethodName] = {"ordinal": "hest", "linear": "tabs", "static": "bhsp"}
 """Whose adapters stand for each kind of gate."""
 
@@ -211,21 +144,29 @@ def _adapters(
 def _open_plan(spectral: SpectralAdapters) -> Plan:
     """A plan whose budget allows everything: what a ledger costs does not hang on what it allows."""
     layers, _, rank = spectral.shape
+    emax_j = 1e8
     return Plan(
         version=PLAN_VERSION,
         run_id="calibration",
         method="hest",
         scope="adapter",
+        envelope="absolute",
         backbone="",
         fingerprint="",
         device_name="",
         calibration_id="",
+        table_key="",
         energy_kind="none",
         costs_j=(0.0, 0.5, 1.0),
         uses_int8=spectral.uses_int8,
-        emax_j=1e8,  # more, and a long run of one-token steps would leave the ledger's integers
+        emax_j=emax_j,
         emax_origin=None,
         margin=0.0,
+        batch_size=1,
+        num_beams=1,
+        max_new_tokens=1,
+        bills=(Bill(1, 1, Terms.zero(), Emax(Terms.zero(), Terms(call_j=emax_j))),),
+        blocks=BlockStates.uniform(layers),
         pace=(1 / layers,) * layers,
         order=(tuple(range(rank)),) * layers,
         shift=0.0,
@@ -233,30 +174,59 @@ def _open_plan(spectral: SpectralAdapters) -> Plan:
     )
 
 
-def generation_key(batch_size: int, num_beams: int, prompt_tokens: int, new_tokens: int) -> str:
-    return f"generation/batch-{batch_size}/beams-{num_beams}/prompt-{prompt_tokens}/new-{new_tokens}"
+class Whole(NamedTuple):
+    """One forced generation to be metered: its lengths, and the states of all layers' blocks."""
+
+    batch_size: int
+    num_beams: int
+    prompt_tokens: int
+    new_tokens: int
+    attention: State
+    mlp: State
+
+    @property
+    def key(self) -> str:
+        lengths = f"prompt-{self.prompt_tokens}/new-{self.new_tokens}"
+        states = f"attention-{self.attention}/mlp-{self.mlp}"
+        return f"generation/batch-{self.batch_size}/beams-{self.num_beams}/{lengths}/{states}"
 
 
-def generation_figures(
+def whole_generations(
     target: Target, batch_sizes: Sequence[int], num_beams: int, lengths: Sequence[int]
-) -> list[Figure]:
-    """Whole generations of the bare backbone, forced to their length; the longest come first."""
-    return [
-        Figure(
-            generation_key(batch, num_beams, prompt, new),
-            partial(_generation, target, batch, num_beams, prompt, new),
-            1,
-        )
-        for batch in batch_sizes
-        for prompt in sorted(lengths, reverse=True)
-        for new in sorted(NEW_TOKENS, reverse=True)
-    ]
+) -> list[Whole]:
+    """What the energy model is fitted to; the longest come first.
+
+    Full blocks at all lengths; other states, where the engine runs them, at the shortest and the longest.
+    """
+    found = []
+    for attention, mlp in VARIANTS if runs_blocks(target) else VARIANTS[:1]:
+        whole = (attention, mlp) == VARIANTS[0]
+        prompts = lengths if whole else {min(lengths), max(lengths)}
+        news = NEW_TOKENS if whole else {min(NEW_TOKENS), max(NEW_TOKENS)}
+        found += [
+            Whole(batch, num_beams, prompt, new, attention, mlp)
+            for batch in batch_sizes
+            for prompt in sorted(prompts, reverse=True)
+            for new in sorted(news, reverse=True)
+        ]
+    return found
 
 
-def _generation(target: Target, batch: int, num_beams: int, prompt: int, new: int) -> Work:
+def runs_blocks(target: Target) -> bool:
+    """Whether the engine runs blocks in int8 or not at all, and saves by it: hestctl's own does."""
+    return target.engine.name == NativeGenerator.engine
+
+
+def generation_figures(target: Target, generations: Sequence[Whole]) -> list[Figure]:
+    """Whole generations of the bare backbone, forced to their length."""
+    return [Figure(whole.key, partial(_generation, target, whole), 1) for whole in generations]
+
+
+def _generation(target: Target, whole: Whole) -> Work:
     """Prompts of random tokens: what they say is of no matter to the joules."""
-    generator = torch.Generator().manual_seed(prompt)
-    ids = torch.randint(10, target.backbone.model.config.vocab_size, (batch, prompt), generator=generator)
+    backbone, size = target.backbone, (whole.batch_size, whole.prompt_tokens)
+    generator = torch.Generator().manual_seed(whole.prompt_tokens)
+    ids = torch.randint(10, backbone.model.config.vocab_size, size, generator=generator)
     rows = [
         Encoded(
             sample_id=f"random-{i}",
@@ -268,5 +238,10 @@ def _generation(target: Target, batch: int, num_beams: int, prompt: int, new: in
         )
         for i, row in enumerate(ids.tolist())
     ]
-    engine = target.engine.make(target.backbone, None, None)
-    return lambda: engine.generate(rows, new_tokens=new, num_beams=num_beams, forced_length=True)
+    kind = target.engine
+    if (whole.attention, whole.mlp) != VARIANTS[0]:
+        kind = replace(kind, blocks=uniform(backbone.num_layers, whole.attention, whole.mlp))
+    engine = kind.make(backbone, None, None)
+    return lambda: engine.generate(
+        rows, new_tokens=whole.new_tokens, num_beams=whole.num_beams, forced_length=True
+    )

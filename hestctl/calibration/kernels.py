@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
-from hestctl.calibration.figures import TOKENS, Target, layer_groups, layer_weights
+from torch import Tensor
+
+from hestctl.calibration.figures import TOKENS, Target
 from hestctl.energy.meter import Meter
 from hestctl.energy.replicate import replicate
 from hestctl.kernels.choose import Choices, Measure, Shape, choose
@@ -17,23 +20,32 @@ _PRECISION = 0.05
 """Bound on the joules of one reading of a candidate; each is read several times."""
 
 
-def concerns(target: Target) -> bool:
-    """Whether kernels are to be chosen: where int8 runs, or may run faster than elsewhere."""
-    return target.engine.precision == "int8" or target.backbone.device.type == "cuda"
-
-
 def shapes(target: Target, rows: Iterable[int]) -> list[Shape]:
     """The MatMuls of each kind of layer, at decode ``rows`` (batch x beams) and in short and long prefills.
 
     One of several that share a choice.
     """
     found: dict[str, Shape] = {}
-    for layers in layer_groups(target.backbone):
-        for part in layer_weights(target.backbone.layers[layers[0]]):
+    for layer in target.backbone.layers:
+        for part in layer_weights(layer):
             for count in (*rows, TOKENS, _LONG):
                 shape = Shape(count, sum(len(weight) for weight in part), part[0].shape[1])
                 found.setdefault(shape.key, shape)
     return list(found.values())
+
+
+def layer_weights(layer: Any) -> list[list[Tensor]]:
+    """A decoder layer's weights (M x K), those with the same input together."""
+    attention, mlp = layer.self_attn, layer.mlp
+    return [
+        [p.weight for p in part]
+        for part in (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+    ]
 
 
 def choose_kernels(

@@ -19,20 +19,18 @@ from hestctl.calibration.figures import (
     TOKENS,
     Figure,
     Target,
+    Whole,
     Work,
     adapter_figures,
     adapter_key,
     direction_figures,
     generation_figures,
-    generation_key,
-    layer_groups,
-    matmul_figures,
-    matmul_key,
-    passes,
+    runs_blocks,
+    whole_generations,
 )
-from hestctl.calibration.kernels import choose_kernels, concerns, metered
+from hestctl.calibration.kernels import choose_kernels, metered
 from hestctl.energy.meter import Meter
-from hestctl.energy.model import AdapterPass, Cost, EnergyModel, GenerationPoint, LayerMatmuls
+from hestctl.energy.model import MODEL, AdapterPass, Cost, EnergyModel, GenerationPoint
 from hestctl.energy.replicate import replicate
 from hestctl.energy.table import EnergyTable, TableKey
 from hestctl.errors import Exit, HestError
@@ -46,7 +44,10 @@ _CALL_S = 0.005
 
 
 def table_key(target: Target, meter: Meter) -> TableKey:
-    """What a table of this target on this device is of, and what else its figures depend on."""
+    """What a table of this target on this device is of, and what else its figures depend on.
+
+    One table serves the backbone in every state of its blocks.
+    """
     backbone, method = target.backbone, target.method
     config = backbone.model.config
     return TableKey(
@@ -55,7 +56,6 @@ def table_key(target: Target, meter: Meter) -> TableKey:
             "shape": f"{backbone.num_layers}x{backbone.hidden_size}x{config.intermediate_size}"
             f"/{config.num_attention_heads}:{config.num_key_value_heads}/{config.vocab_size}",
             "dtype": str(backbone.dtype).removeprefix("torch."),
-            "precision": target.engine.precision,
             "engine": target.engine.name,
             "rank": str(method.rank),
             "width": str(method.controller_width),
@@ -64,6 +64,7 @@ def table_key(target: Target, meter: Meter) -> TableKey:
         },
         conditions={
             "hestctl": __version__,
+            "model": MODEL,
             "meter": meter.counter_name,
             "driver": meter.driver,
             "kernels": on_offer(backbone.device),
@@ -103,29 +104,27 @@ class Calibration:
     def full(self, num_beams: int) -> EnergyTable:
         """The whole table with the energy model, for the batch sizes and lengths in ``energy``.
 
-        Where int8 kernels concern the target they are chosen first, and everything is measured with them.
+        Where the engine runs blocks in int8 their kernels are chosen first, and everything is measured with
+        them.
         Each figure is metered for at least five times ``energy.calibration_s``, and on until the meter's
         bound is within ``energy.calibration_precision``; its error is the bound and the standard error over
         five parts together. Raises HestError (no device) when the meter gives no joules.
         """
         batches, lengths = self.energy.batch_sizes, self._lengths()
-        rows = [batch * num_beams for batch in batches]
-        if concerns(self.target):
-            self._choose(rows)
-        generations = generation_figures(self.target, batches, num_beams, lengths)
-        matmuls = matmul_figures(self.target, rows)
+        if runs_blocks(self.target):
+            self._choose([batch * num_beams for batch in batches])
+        wholes = whole_generations(self.target, batches, num_beams, lengths)
         directions = direction_figures(self.target)
         adapters = len(GATES) * len(batches) * 2
-        total = len(directions) + len(generations) + len(matmuls) + adapters
+        total = len(directions) + len(wholes) + adapters
         self.progress.note(
             f"calibrating: {total} figures, at least {total * _PARTS * self.energy.calibration_s:.0f} s"
         )
         self._measure(directions, total)
         states = self._table(None).states
-        self._measure(generations, total)
-        self._measure(matmuls, total)
+        self._measure(generation_figures(self.target, wholes), total)
         self._measure(adapter_figures(self.target, states, batches, num_beams), total)
-        return self._table(self._model(num_beams, lengths))
+        return self._table(self._model(num_beams, wholes))
 
     def _choose(self, rows: Sequence[int]) -> None:
         measure = metered(self.meter, self.energy.calibration_s, self.check)
@@ -186,16 +185,22 @@ class Calibration:
         error_j = math.hypot(measured.error_j or 0.0, measured.spread_j or 0.0)
         return Cost(measured.energy_j / units, error_j / units)
 
-    def _model(self, num_beams: int, lengths: Sequence[int]) -> EnergyModel:
+    def _model(self, num_beams: int, wholes: Sequence[Whole]) -> EnergyModel:
         found, batches = self.found, self.energy.batch_sizes
-        rows = [batch * num_beams for batch in batches]
         return EnergyModel(
             engine=self.target.engine.name,
+            layers=self.target.backbone.num_layers,
             points=tuple(
-                GenerationPoint(b, num_beams, p, n, found[generation_key(b, num_beams, p, n)])
-                for b in batches
-                for p in lengths
-                for n in NEW_TOKENS
+                GenerationPoint(
+                    w.batch_size,
+                    w.num_beams,
+                    w.prompt_tokens,
+                    w.new_tokens,
+                    found[w.key],
+                    w.attention,
+                    w.mlp,
+                )
+                for w in wholes
             ),
             adapters=tuple(
                 AdapterPass(
@@ -207,13 +212,6 @@ class Calibration:
                 )
                 for gate in GATES
                 for b in batches
-            ),
-            matmuls=tuple(
-                LayerMatmuls(
-                    layers, phase, w, *(found[matmul_key(phase, w, group, s)] for s in ("full", "int8"))
-                )
-                for group, layers in enumerate(layer_groups(self.target.backbone))
-                for phase, w in passes(rows)
             ),
         )
 

@@ -34,7 +34,6 @@ def calibrate(
     weights: o.WeightsOption = None,
     device: o.DeviceOption = None,
     dtype: o.DtypeOption = None,
-    backbone_precision: o.BackbonePrecisionOption = None,
     engine: o.EngineOption = None,
     meter: o.MeterOption = None,
     resume: Annotated[
@@ -50,10 +49,11 @@ def calibrate(
 ) -> None:
     """Certify the meter, check it on known work, and measure the energy table of this device.
 
-    The table prices adapter directions and layers, and predicts whole generations. On a GPU, and with
-    --backbone-precision int8, the int8 kernels are chosen first; generation takes what was chosen. `train`
-    and `harden` measure the prices that they need on the way where the store has none for this device; one
-    that was measured with another driver, library or kernel is refused until it is renewed here.
+    The table prices adapter directions and the blocks of a layer (attention, MLP) in full precision, in int8
+    and off, and predicts whole generations in any mix of these. The int8 kernels are chosen first; generation
+    takes what was chosen. `train` and `harden` measure the prices that they need on the way where the store
+    has none for this device; one that was measured with another driver, library or kernel is refused until it
+    is renewed here.
     """
     from hestctl.cli import out
     from hestctl.store.store import Store
@@ -70,7 +70,6 @@ def calibrate(
         backbone__weights=weights,
         backbone__device=device,
         backbone__dtype=dtype,
-        backbone__precision=backbone_precision,
         generation__engine=engine,
         energy__meter=meter,
     ).settings
@@ -93,6 +92,7 @@ def _as_json(done: Calibrated) -> dict[str, object]:
         "verdicts": [{"demand": demand, "holds": holds, "why": why} for demand, holds, why in done.verdicts],
         "table": done.table.as_dict(),
         "int8_offered": done.table.int8_pays,
+        "blocks": _block_rows(done.table.model),
     }
 
 
@@ -115,6 +115,7 @@ def _show(done: Calibrated) -> None:
         rows,
         caption=table.verdict(),
     )
+    _show_blocks(done)
     _show_predictions(done)
     _show_kernels(done)
     facts = [
@@ -153,10 +154,78 @@ def _model_rows(done: Calibrated) -> Iterator[tuple[str, Cost, str]]:
         name = f"adapters, {adapters.gate} gate, {adapters.batch_size} x {adapters.num_beams}"
         yield f"{name}, prefill", adapters.prefill, "prompt token"
         yield f"{name}, decode", adapters.decode, "step"
-    for matmuls in model.matmuls:
-        where = "prefill" if matmuls.phase == "prefill" else f"decode, {matmuls.rows} rows"
-        for name, cost in (("full", matmuls.full), ("int8", matmuls.int8)):
-            yield f"a layer's MatMuls, {name}, {where}", cost, "row and token"
+
+
+def _block_rows(model: EnergyModel | None) -> list[dict[str, str | int | float | None]]:
+    """What one layer's block costs a batch in each state, at the longest calibrated lengths."""
+    from hestctl.energy.protocol import Unavailable
+    from hestctl.records import BLOCKS, FULL, INT8, STATES
+
+    found: list[dict[str, str | int | float | None]] = []
+    for batch, beams in [] if model is None else _calibrated(model):
+        assert model is not None
+        points = [p for p in model.points if (p.batch_size, p.num_beams) == (batch, beams)]
+        prompt, new = max(p.prompt_tokens for p in points), max(p.new_tokens for p in points)
+        for block, name in enumerate(BLOCKS):
+            full = model.component(batch, beams, block, FULL)
+            for state in (FULL, INT8):
+                costs = model.component(batch, beams, block, state)
+                if isinstance(costs, Unavailable) or isinstance(full, Unavailable):
+                    continue
+                prefill_j, decode_j = costs.prefill_j(prompt), costs.decode_j(prompt, new)
+                found.append(
+                    {
+                        "batch_size": batch,
+                        "num_beams": beams,
+                        "prompt_tokens": prompt,
+                        "block": name,
+                        "state": STATES[state],
+                        "prefill_j_per_prompt_token": prefill_j / (prompt * batch),
+                        "decode_j_per_step": decode_j / (new - 1),
+                        "prefill_ratio_of_full": _ratio(prefill_j, full.prefill_j(prompt)),
+                        "decode_ratio_of_full": _ratio(decode_j, full.decode_j(prompt, new)),
+                    }
+                )
+    return found
+
+
+def _calibrated(model: EnergyModel) -> list[tuple[int, int]]:
+    """The batch sizes and beams of a model."""
+    return sorted({(p.batch_size, p.num_beams) for p in model.points})
+
+
+def _ratio(joules: float, full_j: float) -> float | None:
+    return joules / full_j if full_j > 0 else None
+
+
+def _show_blocks(done: Calibrated) -> None:
+    """One layer's blocks in each state; an int8 block that costs more than a full one is there to be seen."""
+    from hestctl.cli import out
+
+    kind, rows = done.table.kind, []
+    for row in _block_rows(done.table.model):
+        figures = [f"{row['prefill_j_per_prompt_token']:.3e}", f"{row['decode_j_per_step']:.3e}"]
+        for name in ("prefill_ratio_of_full", "decode_ratio_of_full"):
+            figures.append("-" if row[name] is None else f"{row[name]:.2f}")
+        where = f"{row['batch_size']} x {row['num_beams']}"
+        rows.append((where, str(row["prompt_tokens"]), str(row["block"]), str(row["state"]), *figures))
+    if not rows:
+        return
+    out.table(
+        "one layer's blocks (off: 0 J)",
+        (
+            "batch x beams",
+            "prompt",
+            "block",
+            "state",
+            f"J a prompt token ({kind})",
+            f"J a decode step of the batch ({kind})",
+            "prefill of full",
+            "decode of full",
+        ),
+        rows,
+        left=4,
+    )
 
 
 def _show_kernels(done: Calibrated) -> None:
@@ -182,6 +251,7 @@ def _show_kernels(done: Calibrated) -> None:
 def _show_predictions(done: Calibrated) -> None:
     """Each calibrated generation against the model's own prediction: how well the fit holds."""
     from hestctl.cli import out
+    from hestctl.energy.model import uniform
     from hestctl.energy.protocol import Unavailable
 
     model, kind = done.table.model, done.table.kind
@@ -190,7 +260,8 @@ def _show_predictions(done: Calibrated) -> None:
     rows = []
     for point in model.points:
         lengths = [point.prompt_tokens] * point.batch_size, [point.new_tokens] * point.batch_size
-        found = model.predict(*lengths, num_beams=point.num_beams)
+        blocks = uniform(model.layers, point.attention, point.mlp)
+        found = model.predict(*lengths, num_beams=point.num_beams, blocks=blocks)
         assert not isinstance(found, Unavailable)
         joules = point.cost.joules
         rows.append(
@@ -198,6 +269,7 @@ def _show_predictions(done: Calibrated) -> None:
                 f"{point.batch_size} x {point.num_beams}",
                 str(point.prompt_tokens),
                 str(point.new_tokens),
+                f"{point.attention}, {point.mlp}",
                 f"{joules:.4g} +- {point.cost.error_j:.2g}",
                 f"{found.prefill_j:.4g}",
                 f"{found.decode_j:.4g}",
@@ -210,6 +282,7 @@ def _show_predictions(done: Calibrated) -> None:
             "batch x beams",
             "prompt",
             "new",
+            "attention, MLP",
             f"J a batch ({kind})",
             "prefill J (predicted)",
             "decode J (predicted)",
@@ -222,7 +295,12 @@ def _show_predictions(done: Calibrated) -> None:
 
 
 def _cross_checks(model: EnergyModel) -> Iterator[str]:
-    for batch, beams in sorted({(p.batch_size, p.num_beams) for p in model.points}):
+    from hestctl.energy.protocol import Unavailable
+
+    for batch, beams in _calibrated(model):
+        worst = model.fit_error(batch, beams)
+        assert not isinstance(worst, Unavailable)
+        yield f"batch {batch} x {beams}: the fit is off by at most {100 * worst:.1f} %"
         found = model.phases_disagree(batch, beams)
         if found is not None:
             yield (

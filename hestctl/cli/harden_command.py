@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from hestctl.cli import options as o
 
 if TYPE_CHECKING:
+    from hestctl.hardening.plan import BlockChoice, Plan
     from hestctl.workflows.harden import Hardened
 
 
@@ -62,6 +64,8 @@ def harden(
     with out.reporting(quiet) as progress:
         done = harden_run(settings, store, progress, run_id=trained.run_id)
     if json:
+        from hestctl.hardening.certificate import certificate, worst
+
         out.document(
             {
                 "run_id": done.run.run_id,
@@ -74,7 +78,11 @@ def harden(
                 "energy_kind": done.plan.energy_kind,
                 "scope_energy_kind": "predicted",
                 "hardened_over_emax": done.run.hardened_ratio,
-                "plan": {**done.plan.as_dict(), "certificate": done.plan.certificate()},
+                "plan": {
+                    **done.plan.as_dict(),
+                    "certificate": certificate(done.plan),
+                    "worst": worst(done.plan),
+                },
             }
         )
     else:
@@ -85,24 +93,35 @@ def _show(done: Hardened, explain: bool) -> None:
     from hestctl.cli import out
 
     plan, energies = done.plan, done.plan.energies
-    if plan.emax_j is None or energies is None:
+    if energies is None or energies.emax_j is None or energies.worst_ratio is None:
         out.text(f"{done.run.run_id}: {plan.method} has no budget; its gates are fixed as they decide")
     else:
         out.table(
             f"{done.run.run_id}: energy a sample in scope {plan.scope}, from {plan.energy_kind} costs",
             ("figure", "J (predicted)", "of E_max"),
             [
-                (name, f"{value:.4g}", f"{value / plan.emax_j:.3f}")
+                (name, f"{value:.4g}", f"{value / energies.emax_j:.3f}")
                 for name, value in (
-                    ("E_max", plan.emax_j),
+                    ("E_max, mean of the validation samples", energies.emax_j),
                     ("expected, by the gates' probabilities", energies.expected_j),
                     ("hard gates, before repair", energies.decided_j),
                     ("hardened: repaired, under the ledger", energies.hardened_j),
-                    ("worst validation sample", energies.worst_j),
                 )
-            ],
-            caption=f"E_max: {plan.emax_origin}",
+            ]
+            + [("worst validation sample, of its own E_max", "", f"{energies.worst_ratio:.3f}")],
+            caption=f"E_max: {plan.emax_origin}, {plan.envelope}",
         )
+        _show_certificate(plan)
+    if explain:
+        _explain(plan)
+
+
+def _show_certificate(plan: Plan) -> None:
+    from hestctl.cli import out
+    from hestctl.hardening.certificate import certificate, worst
+
+    rows = certificate(plan)
+    if plan.scope == "adapter":
         out.table(
             "certificate: no sample of this many token positions spends more",
             ("tokens", "bound J (predicted)", "of E_max", "directions affordable"),
@@ -113,16 +132,80 @@ def _show(done: Hardened, explain: bool) -> None:
                     f"{row['bound_over_emax']:.3f}",
                     f"{100 * row['open_share']:.0f} %",
                 )
-                for row in plan.certificate()
+                for row in rows
             ],
         )
-    if explain:
+        return
+    most = worst(plan)
+    assert most is not None
+    out.table(
+        "certificate: no sample of this many prompt tokens spends more",
+        ("batch x beams", "tokens", "bound J (predicted)", "E_max J", "of E_max", "directions affordable"),
+        [
+            (
+                f"{row['batch_size']} x {row['num_beams']}",
+                f"{row['length_tokens']:,} + {row['new_tokens']}",
+                f"{row['bound_j']:.4g}",
+                f"{row['emax_j']:.4g}",
+                f"{row['bound_over_emax']:.3f}",
+                f"{100 * row['open_share']:.0f} %",
+            )
+            for row in rows
+        ],
+        caption=f"worst: {most['bound_over_emax']:.3f} of E_max at {most['length_tokens']:,} + "
+        f"{most['new_tokens']} tokens in a batch of {most['batch_size']}; "
+        f"{100 * plan.margin:.2g} % stay in reserve",
+    )
+
+
+_WHY = {
+    "gate": "",
+    "dear": "int8 costs no less",
+    "free": "int8 is free",
+    "budget": "budget",
+    "spare": "joules to spare",
+    "fixed": "settings",
+}
+
+
+def _explain(plan: Plan) -> None:
+    from hestctl.cli import out
+
+    if plan.choices:
         out.table(
-            "layers",
-            ("layer", "share of budget", "directions, most important first"),
-            [
-                (str(layer), f"{100 * share:.1f} %", " ".join(f"{i:2d}" for i in order))
-                for layer, (share, order) in enumerate(zip(plan.pace, plan.order, strict=True))
-            ],
-            caption=f"repair shifted all thresholds by {plan.shift:+.3f} spreads of their layer's scores",
+            "layers: attention / MLP",
+            ("layer", "state", "full over int8", "on over off", "saved J (predicted)", "harm", "repair"),
+            [_layer_row(layer, pair) for layer, pair in enumerate(plan.choices)],
+            caption="scores are log-odds of the gate; saved against full, a sample at the reference's mean "
+            f"lengths; harm of int8, off in nats per answer token ({plan.sensitivities or 'not known'})",
         )
+    out.table(
+        "directions",
+        ("layer", "share of budget", "directions, most important first"),
+        [
+            (str(layer), f"{100 * share:.1f} %", " ".join(f"{i:2d}" for i in order))
+            for layer, (share, order) in enumerate(zip(plan.pace, plan.order, strict=True))
+        ],
+        caption=f"repair shifted all thresholds by {plan.shift:+.3f} spreads of their layer's scores",
+    )
+
+
+def _layer_row(layer: int, pair: tuple[BlockChoice, BlockChoice]) -> tuple[str, ...]:
+    from hestctl.records import BLOCKS, STATES
+
+    def both(told: Callable[[BlockChoice], str]) -> str:
+        return " / ".join(told(choice) for choice in pair)
+
+    def repaired(choice: BlockChoice) -> str:
+        was = f"was {STATES[choice.decided]}" if choice.decided != choice.state else ""
+        return ", ".join(word for word in (was, _WHY[choice.why]) if word)
+
+    return (
+        str(layer),
+        both(lambda c: STATES[c.state]),
+        both(lambda c: "-" if c.margins is None else f"{c.margins[0]:+.2f}"),
+        both(lambda c: "-" if c.margins is None else f"{c.margins[1]:+.2f}"),
+        both(lambda c: "-" if c.saved_j is None else f"{c.saved_j:.3g}"),
+        both(lambda c: "-" if c.harm is None else f"{c.harm[0]:+.4f} {c.harm[1]:+.4f}"),
+        "; ".join(f"{block} {told}" for block, told in zip(BLOCKS, map(repaired, pair), strict=True) if told),
+    )

@@ -92,6 +92,8 @@ def train(
     hest trains within a budget: E_max = --emax-ratio x the joules of the latest comparable tabs run
     (or a prediction, marked so), or --emax JOULES.
 
+    In several processes: accelerate launch --multi_gpu --num_processes N -m hestctl train ...
+
     --trials searches: hest for the fewest joules at the tabs run's ROUGE or better, other methods for the
     highest ROUGE. Methods compare fairly where each had equally many trials.
     """
@@ -161,11 +163,26 @@ def train(
     searching = settings.search.trials > 0 and not trial
     if workers is not None and not searching:
         raise HestError("--workers share the trials of a search", "add --trials 20", Exit.USAGE)
+    from hestctl.training.ranks import joined, launched, launched_alone
+    from hestctl.workflows.follow import follow
     from hestctl.workflows.resuming import Resume
+
+    if searching and launched():
+        raise HestError(
+            "a search does not divide its trainings over processes", "leave out --trials", Exit.USAGE
+        )
 
     store = Store(settings.db)
     resuming = Resume(run, force) if resume else None
-    with out.reporting(quiet) as progress:
+    with (
+        joined(settings.backbone.device, settings.train.rank_timeout_s) as ranks,
+        out.reporting(quiet or not ranks.first) as progress,
+    ):
+        if not ranks.first:
+            follow(settings, ranks, progress)
+            return
+        if launched_alone():
+            progress.note(f"accelerate launch --cpu started one process; for several: {LAUNCH} --device cpu")
         if searching:
             from hestctl.workflows.search import search
 
@@ -173,7 +190,7 @@ def train(
         else:
             from hestctl.workflows.train import train
 
-            done = train(settings, store, progress, resuming=resuming)
+            done = train(settings, store, progress, resuming=resuming, ranks=ranks)
     if json:
         out.document(as_json(done))
     else:
@@ -202,6 +219,8 @@ def _join(search_id: str, resolved: Resolved, *, resume: bool, quiet: bool, json
     else:
         out.text(f"{done} trials of {search_id} were done here")
 
+
+LAUNCH = "accelerate launch --multi_gpu --num_processes N -m hestctl train"
 
 TRIAL = {
     "train.epochs": 1,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from hestctl.energy.conditions import between
+from hestctl.energy.cpu import CpuTimeCounter
 from hestctl.energy.gauge import DirectGauge, Edge, Gauge, SteppedGauge
 from hestctl.energy.pace import Pace, ThreadPace
 from hestctl.energy.protocol import Counter, PowerSensor, Unavailable
@@ -108,6 +109,11 @@ class Meter:
     def bounded(self) -> bool:
         """Whether windows carry an error bound: those of a counter do, an estimate's do not."""
         return self._method not in ("none", "estimated")
+
+    @property
+    def counts_process(self) -> bool:
+        """Whether the joules are this process's alone, and not those of all that runs on the device."""
+        return isinstance(self._counter, CpuTimeCounter)
 
     @property
     def reason(self) -> str | None:

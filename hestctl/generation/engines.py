@@ -12,11 +12,13 @@ from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generated, Generator, Notes
 from hestctl.generation.native import NativeGenerator, unsupported
+from hestctl.hardening.artefact import Codes
 from hestctl.hardening.plan import Plan
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
-from hestctl.settings import BackbonePrecision, EngineName
+from hestctl.records import BlockStates
+from hestctl.settings import EngineName
 
 
 class Engine(Protocol):
@@ -27,6 +29,11 @@ class Engine(Protocol):
     adapters: SpectralAdapters | None
     plan: Plan | None
     notes: Notes
+
+    @property
+    def blocks(self) -> BlockStates:
+        """The states that the layers' blocks run in."""
+        ...
 
     def warm_up(
         self,
@@ -59,31 +66,36 @@ class Engine(Protocol):
 class EngineKind:
     """Which engine runs a backbone: ``make`` makes one.
 
-    ``reason`` says why it is not hestctl's own where it is not. ``choices`` are the int8 kernels that
-    ``calibrate`` found for this backbone on this device; None takes the default one.
+    ``reason`` says why it is not hestctl's own where it is not. ``blocks`` are the states that the layers'
+    blocks run in, None for all in full. ``choices`` are the int8 kernels that ``calibrate`` found for this
+    backbone on this device; None takes the default one. ``codes`` are the backbone's int8 codes where they
+    are on disk (never those of one that LoRA is merged into); None makes them anew.
     """
 
     name: str
     reason: str | None
-    precision: BackbonePrecision = "full"
+    blocks: BlockStates | None = None
     choices: Choices | None = None
+    codes: Codes | None = None
 
     def make(self, backbone: Backbone, adapters: SpectralAdapters | None, plan: Plan | None) -> Engine:
         """Raises HestError (usage) for a backbone that has changed so that the engine cannot run it."""
         if self.name == Generator.engine:
-            return Generator(backbone, adapters, plan)
-        return NativeGenerator(backbone, adapters, plan, precision=self.precision, choices=self.choices)
+            return Generator(backbone, adapters, plan, self.blocks)
+        return NativeGenerator(
+            backbone, adapters, plan, blocks=self.blocks, choices=self.choices, codes=self.codes
+        )
 
     def told(self, engine: Engine) -> dict[str, Any]:
         """What was chosen, and why, for the record of a run that ``engine`` generates for."""
         return {"name": self.name, "reason": self.reason, **engine.notes}
 
 
-def engine_for(backbone: Backbone, wanted: EngineName, precision: BackbonePrecision) -> EngineKind:
-    """Which engine runs this backbone, with the default kernels.
+def engine_for(backbone: Backbone, wanted: EngineName, blocks: BlockStates | None) -> EngineKind:
+    """Which engine runs this backbone with its blocks in these states, None for all in full.
 
-    ``auto`` takes hestctl's own where it knows the model. Raises HestError (usage) where the engine that
-    was asked for cannot run it, or cannot run it in int8.
+    Its kernels are the default ones. ``auto`` takes hestctl's own where it knows the model. Raises HestError
+    (usage) where the engine that was asked for cannot run it, or would save nothing by such blocks.
     """
     reason = unsupported(backbone)
     if wanted == "hestctl" and reason is not None:
@@ -91,12 +103,13 @@ def engine_for(backbone: Backbone, wanted: EngineName, precision: BackbonePrecis
             f"hestctl's engine cannot run {backbone.name}: {reason}", "--engine transformers can", Exit.USAGE
         )
     if wanted != "transformers" and reason is None:
-        return EngineKind(NativeGenerator.engine, None, precision)
+        return EngineKind(NativeGenerator.engine, None, blocks)
     reason = reason or "--engine transformers was asked for"
-    if precision == "int8":
+    if blocks is not None and not blocks.all_full:
         raise HestError(
-            f"only hestctl's engine runs a backbone in int8: {reason}",
-            "leave out --backbone-precision int8, or take --engine hestctl",
+            f"only hestctl's engine saves joules by blocks in int8 or off: {reason}",
+            "take --engine hestctl, or leave out --backbone-precision int8, backbone.skip_last and "
+            "--scope network",
             Exit.USAGE,
         )
     return EngineKind(Generator.engine, reason)

@@ -9,18 +9,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from hestctl.data.prompts import Encoded, label_answers
 from hestctl.energy.meter import Meter
 from hestctl.energy.model import EnergyModel, PhaseJoules
 from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import Share, share_batch
+from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generated
 from hestctl.generation.engines import Engine
 from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped, within_memory
+from hestctl.generation.native import NativeGenerator
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
+from hestctl.hardening.plan import Plan
 from hestctl.progress import Progress
-from hestctl.records import STATES, LayerUse, Sample, Window
+from hestctl.records import STATES, BlockStates, LayerUse, Sample, Window
 from hestctl.settings import GenerationSettings
 
 
@@ -55,12 +59,15 @@ def evaluate(
     (profile on synthetic prompts has no reference); ``forced_length`` generates exactly
     ``settings.new_tokens``. The engine warms up before the meter. ``model`` tells prefill and decode apart,
     and predicts; ``precision`` repeats each batch until the meter's bound on
-    its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token.
+    its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token, and
+    before anything is generated where a batch cannot be within its plan.
     """
     names: dict[int, str] = {}
     if labels:
         names = first_token_of_labels(label_answers(labels, generator.backbone.tokenizer))
     run = _runner(generator, settings, names, forced_length)
+    if generator.plan is not None:
+        _check_plan(generator.plan, generator.blocks, rows, settings, labels=bool(names))
     with within_memory(rows, settings.batch_size):
         # Compilation, capture and lazy initialisation are nobody's joules.
         if names:
@@ -100,6 +107,23 @@ def evaluate(
     return Evaluation(samples, [batch.window for batch in batches], texts, _layer_use(batches))
 
 
+def _check_plan(
+    plan: Plan, blocks: BlockStates, rows: Sequence[Encoded], settings: GenerationSettings, *, labels: bool
+) -> None:
+    """What a plan refuses should not wait for its batch. Raises HestError: usage, or exit 5."""
+    if plan.scope == "network" and blocks != plan.blocks:
+        raise HestError(
+            "the engine runs the backbone's blocks in other states than the plan counts joules of",
+            "leave out --backbone-precision and --skip-last, or harden again with them",
+            Exit.USAGE,
+        )
+    beams, asked = (None, 1) if labels else (settings.num_beams, settings.new_tokens)
+    for start in range(0, len(rows), settings.batch_size):
+        part = rows[start : start + settings.batch_size]
+        prompts = [len(row.prompt_ids) for row in part]
+        plan.max_new_tokens_for(prompts, beams, asked, [row.sample_id for row in part])
+
+
 def _runner(
     generator: Engine, settings: GenerationSettings, names: dict[int, str], forced_length: bool
 ) -> Run:
@@ -118,7 +142,10 @@ def _runner(
         logits, counts = generator.label_scores(part)
         ids = list(names)
         best = [ids[i] for i in logits[:, ids].argmax(1).tolist()]
-        return Generated([[i] for i in best], [True] * len(part), counts), [names[i] for i in best]
+        return (
+            Generated([[i] for i in best], [True] * len(part), counts, generator.blocks),
+            [names[i] for i in best],
+        )
 
     return classify if names else generate
 
@@ -145,6 +172,9 @@ def _samples(
         foreseen = [*share_batch(phases.total_j, None, prompt_tokens, new_tokens, phases)]
     plan = generator.plan
     counts = batch.result.counts_QLS
+    longest, most = max(prompt_tokens), max(new_tokens)
+    if counts is not None and not batch.predicted:
+        most = max(most, _ran(generator, counts, prompt_tokens, beams))
     for i, row in enumerate(batch.rows):
         share, prediction = shares[i], foreseen[i]
         net = None
@@ -152,6 +182,11 @@ def _samples(
             net = window.net_energy_j * share.energy_j / window.energy_j
         used = None if counts is None else counts[i].sum(0).tolist()
         new_ids = batch.result.new_ids[i]
+        scope_j = emax_j = None
+        if plan is not None and counts is not None:
+            scope_j, emax_j = plan.scope_joules(
+                counts[i], len(batch.rows), None if batch.predicted else beams, longest, most
+            )
         yield (
             Sample(
                 sample_id=row.sample_id,
@@ -177,8 +212,8 @@ def _samples(
                 phase_method=None if share is None or share.prefill_j is None else "apportioned",
                 predicted_j=None if prediction is None else prediction.energy_j,
                 replicates=batch.replicates,
-                scope_energy_j=None if plan is None or counts is None else plan.joules(counts[i]),
-                emax_j=None if plan is None else plan.emax_j,
+                scope_energy_j=scope_j,
+                emax_j=emax_j,
                 directions_off=None if used is None else used[0],
                 directions_int8=None if used is None else used[1],
                 directions_full=None if used is None else used[2],
@@ -188,6 +223,15 @@ def _samples(
             ),
             generator.text(new_ids),
         )
+
+
+def _ran(generator: Engine, counts_QLS: Tensor, prompt_tokens: Sequence[int], num_beams: int) -> int:
+    """New tokens for which a batch ran, by its log: beams may go on beyond the longest answer."""
+    assert generator.adapters is not None
+    rank = generator.adapters.shape[2]
+    prompts = 1 if generator.engine == NativeGenerator.engine else num_beams
+    positions_Q: list[int] = (counts_QLS[:, 0].sum(-1) // rank).tolist()
+    return max(1 + (p - prompts * n) // num_beams for p, n in zip(positions_Q, prompt_tokens, strict=True))
 
 
 def _predicted(

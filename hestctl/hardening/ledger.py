@@ -46,17 +46,18 @@ class Tariff:
         return torch.tensor([0, self.int8, self.full], dtype=torch.int64, device=device)
 
 
-def incomes(emax_j: float, margin: float, pace_L: Tensor, work_Q: Tensor, tariff: Tariff) -> Tensor:
+def incomes(allowance_Q: Tensor, pace_L: Tensor, rank: int, tariff: Tariff) -> Tensor:
     """Income per token of every (layer, request) in 2**-20 units, (L, Q) int64.
 
-    ``work_Q`` is the most token positions the request can run (prompt plus new tokens, times beams);
-    over that many tokens the incomes of all layers add up to at most ``(1 - margin) * emax_j``.
+    ``allowance_Q`` is what a request may spend per token position (J, float64): over its positions the
+    incomes of all layers add up to at most that much each. No layer earns more than ``rank`` full
+    directions cost.
     """
-    units = (1 - margin) * emax_j / tariff.unit_j
     share_L = pace_L.double() / pace_L.double().sum()
-    per_token = units * share_L[:, None] / work_Q.double()[None, :]
+    per_token = allowance_Q.double()[None, :] / tariff.unit_j * share_L[:, None]
+    everything = (rank * tariff.full) << _FINE_BITS
     fine: Tensor = per_token * 2**_FINE_BITS
-    return fine.floor().long()
+    return fine.floor().clamp(max=everything).long()
 
 
 class Ledger:

@@ -51,7 +51,17 @@ class Int8Linear:
         kernel: str | Mapping[int, str] = DEFAULT_KERNEL,
     ) -> None:
         q_MK, scale_M1 = quantise_rows(torch.cat([weight.detach() for weight in weights]))
-        self.weight = Int8Weight(q_MK, scale_M1[:, 0].contiguous(), _cat_biases(weights, biases))
+        self._take(Int8Weight(q_MK, scale_M1[:, 0].contiguous(), _cat_biases(weights, biases)), kernel)
+
+    @classmethod
+    def quantised(cls, weight: Int8Weight, *, kernel: str | Mapping[int, str] = DEFAULT_KERNEL) -> Int8Linear:
+        """The layer of codes that exist already, bit for bit the one that would quantise anew."""
+        made = cls.__new__(cls)
+        made._take(weight, kernel)
+        return made
+
+    def _take(self, weight: Int8Weight, kernel: str | Mapping[int, str]) -> None:
+        self.weight, q_MK = weight, weight.q_MK
         named = sorted({0: kernel}.items() if isinstance(kernel, str) else kernel.items())
         for _, name in named:
             reason = why_not(name, q_MK.device, *q_MK.shape)

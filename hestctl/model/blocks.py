@@ -55,26 +55,20 @@ def in_states(
     states: BlockStates,
     codes: Int8Codes,
     *,
-    on_L2: Tensor | None = None,
     cached: bool = False,
 ) -> Iterator[None]:
     """While open, every block of ``layers`` runs in its state.
 
-    ``on_L2`` (L, 2) is what each block's output is multiplied with: ones and zeros that carry the gradient
-    of being on. With it a block that is off is computed, without a graph, and multiplied by its zero: the
-    gradient says what the block would have added. Without it such a block is not computed, unless
-    ``cached`` (transformers' cache counts positions in whatever layer it fills first).
+    A block that is off is not computed, unless ``cached``: transformers' cache counts positions in its
+    first layer, and would miss them there.
     """
     with ExitStack() as undo:
         for index, layer in enumerate(layers):
             for block, name in enumerate(MODULES):
                 module = getattr(layer, name)
                 state = states.state(index, block)
-                on = None if on_L2 is None else on_L2[index, block]
                 if state == INT8:
                     undo.enter_context(int8_inside(module, codes))
-                if on is not None:
-                    _patch(module, partial(_scaled, module.forward, on, computed=state != OFF), undo)
                 elif state == OFF:
                     nothing = _computed_nothing if cached else _nothing
                     _patch(module, partial(nothing, module.forward, block), undo)
@@ -86,28 +80,25 @@ def int8_inside(block: nn.Module, codes: Int8Codes) -> Iterator[None]:
     """While open, the linear layers of one attention or MLP compute in int8."""
     with ExitStack() as undo:
         for linear in block.modules():
-            if isinstance(linear, nn.Linear):
+            # What is trained beside a weight (LoRA's matrices) changes too often to have codes.
+            if isinstance(linear, nn.Linear) and not linear.weight.requires_grad:
                 _patch(linear, partial(_int8_forward, linear, codes), undo)
         yield
 
 
 def _patch(module: nn.Module, forward: Callable[..., Any], undo: ExitStack) -> None:
     # On the instance: nn.Module calls self.forward, and deleting it shows the class's own again.
+    before = vars(module).get("forward")
     module.forward = forward
-    undo.callback(delattr, module, "forward")
+    if before is None:
+        undo.callback(delattr, module, "forward")
+    else:
+        undo.callback(setattr, module, "forward", before)
 
 
 def _int8_forward(module: nn.Linear, codes: Int8Codes, x: Tensor) -> Tensor:
     out: Tensor = _StraightThrough.apply(x, module.weight, codes.of(module))  # type: ignore[no-untyped-call]
     return out
-
-
-def _scaled(original: Callable[..., Any], on: Tensor, *args: Any, computed: bool, **kwargs: Any) -> Any:
-    with torch.set_grad_enabled(computed and torch.is_grad_enabled()):
-        out = original(*args, **kwargs)
-    if isinstance(out, tuple):
-        return (out[0] * on.to(out[0].dtype), *out[1:])
-    return out * on.to(out.dtype)
 
 
 def _nothing(_original: Callable[..., Any], block: int, *args: Any, **kwargs: Any) -> Any:

@@ -13,8 +13,13 @@ from hestctl.model.backbone import Backbone
 
 
 def answer_loss(backbone: Backbone, batch: TrainBatch) -> Tensor:
-    """Summed negative log-likelihood of the answer tokens (nats), (); logits only where they count."""
-    hidden_BTD = last_hidden(backbone, batch)[:, :-1]
+    """Summed negative log-likelihood of the answer tokens (nats), ()."""
+    return loss_of_hidden(backbone, batch, last_hidden(backbone, batch))
+
+
+def loss_of_hidden(backbone: Backbone, batch: TrainBatch, hidden_BTD: Tensor) -> Tensor:
+    """The same from the hidden states before the head; logits only where they count."""
+    hidden_BTD = hidden_BTD[:, :-1]
     target_BT = batch.labels[:, 1:]
     wanted_BT = target_BT != -100
     logits_NV = backbone.model.lm_head(hidden_BTD[wanted_BT])

@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from hestctl.data.prompts import Encoded, TrainBatch, train_batch
 from hestctl.model.backbone import Backbone
 from hestctl.model.blocks import MODULES, Int8Codes, in_states, int8_inside
-from hestctl.model.likelihood import answer_loss
-from hestctl.records import FULL, INT8, OFF, BlockStates
+from hestctl.model.likelihood import answer_loss, loss_of_hidden
+from hestctl.records import FULL, OFF, BlockStates
 
 Pairs = tuple[tuple[float, float], ...]
 """(attention, MLP) of every layer."""
 
-Kind = Literal["first-order", "exact", "uniform"]
+Kind = Literal["gradient", "exact", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
 class Sensitivities:
     """Loss increases in nats per answer token, and their standard errors over the samples they come from.
 
-    ``first-order``: gradients times what would change. ``exact``: the loss itself, block after block.
-    ``uniform``: nothing is known (random weights), every block counts alike. They hold for the weights of
-    ``fingerprint`` alone.
+    ``gradient``: Taylor's terms. ``exact``: the loss itself, block after block. ``uniform``: nothing is
+    known (random weights), every block counts alike. They hold for the weights of ``fingerprint`` alone.
     """
 
     kind: Kind
@@ -48,6 +47,10 @@ class Sensitivities:
         if self.kind == "uniform":
             return True
         return self.int8[layer][block] > 2 * self.int8_error[layer][block]
+
+    def harm(self, layer: int, block: int) -> tuple[float, float] | None:
+        """What (int8, off) costs this block alone; None where nobody knows."""
+        return None if self.kind == "uniform" else (self.int8[layer][block], self.off[layer][block])
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,66 +69,96 @@ def uniform(backbone: Backbone) -> Sensitivities:
     return Sensitivities("uniform", backbone.fingerprint, "", 0, same, none, none, none)
 
 
-def first_order(
+def by_gradients(
     backbone: Backbone, rows: Sequence[Encoded], data_hash: str, check: Callable[[], None]
 ) -> Sensitivities:
-    """From one backward pass a row: ``-<g, D>`` for off and ``<g, D_int8 - D>`` for int8.
+    """From one backward pass a row.
 
-    D is what a block adds to the residual stream, g the gradient of the loss with respect to it. Taylor's
-    first term: right for small changes such as int8, and no more than a ranking for a block left out.
+    With D what a block adds to the residual stream at a token, and g the gradient of the row's loss there:
+    int8 costs ``sum <g, D_int8 - D>``, Taylor's first term, for the change is small. A block left out is no
+    small change, and its first term ``-sum <g, D>`` has little to do with what happens (it calls the first
+    attention of SmolLM2 harmful, without which nothing works). So off is the second term with the empirical
+    Fisher information in the Hessian's place, ``n / 2 * sum <g, D>^2`` over tokens, n the answer's tokens.
     ``check`` is polled between rows.
     """
-    codes, layers = Int8Codes(), backbone.num_layers
+    codes = Int8Codes()
     found = []
     for row in rows:
         check()
-        batch = _batch(backbone, row)
-        on_L2 = torch.ones(layers, 2, device=backbone.device, requires_grad=True)
-        rounded_L2 = torch.zeros(layers, 2, device=backbone.device, requires_grad=True)
-        with _measured(backbone.layers, codes, on_L2, rounded_L2):
-            loss = answer_loss(backbone, batch) / len(row.answer_ids)
-            off_L2, int8_L2 = torch.autograd.grad(loss, (on_L2, rounded_L2))
-        found.append((-off_L2.double().cpu(), int8_L2.double().cpu()))
-    return _over(found, "first-order", backbone, data_hash)
+        slope_L2T, int8_L2 = _gradients(backbone, row, codes)
+        fisher_L2 = 0.5 * len(row.answer_ids) * slope_L2T.pow(2).sum(-1)
+        found.append((fisher_L2, int8_L2))
+    return _over(found, "gradient", backbone, data_hash)
 
 
-@torch.inference_mode()
 def exact(
     backbone: Backbone, rows: Sequence[Encoded], data_hash: str, check: Callable[[], None]
 ) -> Sensitivities:
-    """The loss with one block changed, for every block and both changes: 4 L + 1 passes a row.
+    """The loss with one block left out, block after block: 2 L passes a row, from that block onwards.
 
-    ``check`` is polled between passes.
+    int8 as in ``by_gradients``, where that is right. ``check`` is polled between passes.
     """
-    codes, layers = Int8Codes(), backbone.num_layers
+    codes = Int8Codes()
     found = []
     for row in rows:
-        batch = _batch(backbone, row)
-
-        def loss(states: BlockStates, batch: TrainBatch = batch, tokens: int = len(row.answer_ids)) -> float:
-            check()
-            with in_states(backbone.layers, states, codes):
-                return float(answer_loss(backbone, batch)) / tokens
-
-        whole = loss(BlockStates.uniform(layers))
-        changed = [
-            torch.tensor(
-                [
-                    [loss(_alone(layers, layer, block, state)) - whole for block in range(2)]
-                    for layer in range(layers)
-                ],
-                dtype=torch.float64,
-            )
-            for state in (OFF, INT8)
-        ]
-        found.append((changed[0], changed[1]))
+        _, int8_L2 = _gradients(backbone, row, codes)
+        found.append((_left_out(backbone, row, codes, check), int8_L2))
     return _over(found, "exact", backbone, data_hash)
 
 
-def _alone(layers: int, layer: int, block: int, state: int) -> BlockStates:
-    """All blocks at full but one."""
+def _gradients(backbone: Backbone, row: Encoded, codes: Int8Codes) -> tuple[Tensor, Tensor]:
+    """``<g, D>`` of every token (L, 2, T), and ``sum <g, D_int8 - D>`` (L, 2); float64 on the CPU."""
+    batch, layers = _batch(backbone, row), backbone.num_layers
+    tokens = batch.input_ids.shape[1]
+    on_L2T1 = torch.ones(layers, 2, tokens, 1, device=backbone.device, requires_grad=True)
+    rounded_L2 = torch.zeros(layers, 2, device=backbone.device, requires_grad=True)
+    with _measured(backbone.layers, codes, on_L2T1, rounded_L2):
+        loss = answer_loss(backbone, batch) / len(row.answer_ids)
+        slope_L2T1, int8_L2 = torch.autograd.grad(loss, (on_L2T1, rounded_L2))
+    return slope_L2T1[..., 0].double().cpu(), int8_L2.double().cpu()
+
+
+@torch.inference_mode()
+def _left_out(backbone: Backbone, row: Encoded, codes: Int8Codes, check: Callable[[], None]) -> Tensor:
+    """Loss increases (L, 2) with one block off, float64."""
+    batch, layers = _batch(backbone, row), backbone.num_layers
+    inputs: dict[int, tuple[Tensor, dict[str, Any]]] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def run(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = dict(kwargs)
+            hidden = args[0] if args else rest.pop("hidden_states")
+            inputs[index] = hidden, rest
+
+        return run
+
+    handles = [
+        layer.register_forward_pre_hook(keep(index), with_kwargs=True)
+        for index, layer in enumerate(backbone.layers)
+    ]
+    try:
+        whole = float(answer_loss(backbone, batch))
+    finally:
+        for handle in handles:
+            handle.remove()
+    model: Any = backbone.model.model
+    change_L2 = torch.zeros(layers, 2, dtype=torch.float64)
+    for first in range(layers):
+        for block in range(2):
+            check()
+            with in_states(backbone.layers, _alone_off(layers, first, block), codes):
+                hidden = inputs[first][0]
+                for index in range(first, layers):
+                    out = backbone.layers[index](hidden, **inputs[index][1])
+                    hidden = out[0] if isinstance(out, tuple) else out
+                loss = loss_of_hidden(backbone, batch, model.norm(hidden))
+            change_L2[first, block] = (float(loss) - whole) / len(row.answer_ids)
+    return change_L2
+
+
+def _alone_off(layers: int, layer: int, block: int) -> BlockStates:
     states = [[FULL] * layers, [FULL] * layers]
-    states[block][layer] = state
+    states[block][layer] = OFF
     return BlockStates(tuple(states[0]), tuple(states[1]))
 
 
@@ -134,7 +167,7 @@ def _batch(backbone: Backbone, row: Encoded) -> TrainBatch:
 
 
 @contextmanager
-def _measured(layers: nn.ModuleList, codes: Int8Codes, on_L2: Tensor, rounded_L2: Tensor) -> Iterator[None]:
+def _measured(layers: nn.ModuleList, codes: Int8Codes, on_L2T1: Tensor, rounded_L2: Tensor) -> Iterator[None]:
     """Every block's output D becomes ``on * D + rounded * (D_int8 - D)``, with on = 1 and rounded = 0."""
 
     def hook(index: int, block: int) -> Callable[..., Any]:
@@ -143,7 +176,7 @@ def _measured(layers: nn.ModuleList, codes: Int8Codes, on_L2: Tensor, rounded_L2
                 rounded = module.forward(*args, **kwargs)
             exact, rounded = (out[0] if isinstance(out, tuple) else out for out in (output, rounded))
             change = rounded - exact.detach()
-            found = exact * on_L2[index, block] + change * rounded_L2[index, block]
+            found = exact * on_L2T1[index, block] + change * rounded_L2[index, block]
             return (found, *output[1:]) if isinstance(output, tuple) else found
 
         return run

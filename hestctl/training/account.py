@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from hestctl.energy.meter import Meter
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Window
+from hestctl.training.ranks import JointMeter
 
 SPENT_FILE = "spent.json"
 
@@ -27,7 +28,7 @@ class JoulesUnknown(HestError):
     """A training budget cannot be held: what was spent, or what will be, is not known."""
 
 
-def demand_live_counter(meter: Meter) -> None:
+def demand_live_counter(meter: Meter | JointMeter) -> None:
     """Raises HestError (no device) where no counter tells what a budgeted training spends."""
     if meter.total_j() is None:
         raise JoulesUnknown(
@@ -55,7 +56,7 @@ class Account:
     ``path`` is the account's file. It survives the death of the process, a checkpoint that of the machine.
     """
 
-    def __init__(self, meter: Meter, path: Path, budget_j: float | None) -> None:
+    def __init__(self, meter: Meter | JointMeter, path: Path, budget_j: float | None) -> None:
         self.budget_j = budget_j
         self._meter = meter
         self._path = path
@@ -164,8 +165,8 @@ class Account:
                 self._sum.dearest_j[stage] = max(cost_j, self._sum.dearest_j.get(stage, 0.0))
         self._keep()
 
-    def close(self) -> Window:
-        """End the attempt: its window, with which the sum is settled.
+    def close(self, others: Sequence[Window] = ()) -> Window:
+        """End the attempt: its window, with which the sum is settled, and those of ``others`` devices.
 
         The live counter lags behind by up to one of its own steps, the window does not. A window that is
         not valid (contention, throttling) leaves the sum to the budget, and no figure to report.
@@ -173,12 +174,15 @@ class Account:
         end = self._meter.edge()
         self.book()
         window = self._meter.cut(self._start, end, name="training", phase="training")
-        if window.energy_j is None:
+        windows = (window, *others)
+        energies_j = [one.energy_j for one in windows if one.energy_j is not None]
+        if len(energies_j) < len(windows):
             self.book()  # the counter may have been lost while the window waited for it
         elif self.joules is not None and self._before_j is not None:
-            self._sum.counted_j = max(self.joules, self._before_j + window.energy_j)
-            if not window.valid:
-                self._sum.unread = f"the window is not valid: {window.reason}"
+            self._sum.counted_j = max(self.joules, self._before_j + sum(energies_j))
+            invalid = next((one for one in windows if not one.valid), None)
+            if invalid is not None:
+                self._sum.unread = f"the window is not valid: {invalid.reason}"
             self._keep()
         self._closed = True
         return window

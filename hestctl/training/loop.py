@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,30 @@ from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.likelihood import answer_loss, last_hidden
 from hestctl.model.methods import Tuner
 from hestctl.model.spectral import applied, normalise
-from hestctl.records import StepMetric
+from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
 from hestctl.training.network import BlockDraw, BlockTraining
+from hestctl.training.ranks import Ranks
 
 
 @dataclass(slots=True)
 class _Totals:
+    """Figures of an effective batch or of a rank's part of it; ``shares`` has one entry a micro-batch."""
+
     task: float = 0.0
     expected_j: float = 0.0
     decided_j: float = 0.0
-    shares: tuple[float, float, float] | None = None
+    shares: list[tuple[float, float, float]] = field(default_factory=list)
+    measured: list[tuple[int, tuple[int, int], float]] = field(default_factory=list)
+    """What blocks were found to be worth: micro-batch, block, nats a token."""
+
+    def add(self, other: _Totals) -> None:
+        self.task += other.task
+        self.expected_j += other.expected_j
+        self.decided_j += other.decided_j
+        self.shares += other.shares
+        self.measured += other.measured
 
 
 class Trainer:
@@ -46,6 +58,7 @@ class Trainer:
     ``costs_j`` are joules per direction and token of (off, int8, full). ``budget`` is None for
     methods that no budget binds; their energy is reported all the same. ``blocks`` are the states of the
     layers' blocks, learned or fixed; None runs the backbone as it is and counts the directions alone.
+    ``ranks`` share the micro-batches.
     """
 
     def __init__(
@@ -59,6 +72,7 @@ class Trainer:
         budget: Budget | None,
         multiplier: Multiplier | None,
         blocks: BlockTraining | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.backbone = backbone
         self.tuner = tuner
@@ -70,6 +84,7 @@ class Trainer:
         self._rows = rows
         self._settings = settings
         self._costs_j = costs_j
+        self._ranks = ranks or Ranks()
         self._effective = settings.batch_size * settings.accumulation
         self._micro_size = settings.batch_size
         self._per_epoch = math.ceil(len(rows) / self._effective)
@@ -98,13 +113,14 @@ class Trainer:
             return hidden
 
         with torch.no_grad():
-            with applied(self.backbone.layers, look), self._precision():
+            fixed = None if self.blocks is None else self.blocks.fixed
+            with self._blocks_run(fixed), applied(self.backbone.layers, look), self._precision():
                 last_hidden(self.backbone, batch)
             score_LN = torch.stack(seen).float()
             gate.spread_over(score_LN.mean(1), score_LN.std(1))
-            if self.blocks is not None:
+            if self.blocks is not None and self.blocks.learning:
                 self.blocks.start(batch.prompt_tokens.tolist(), self._new_tokens)
-            elif self.budget is not None:
+            if self.budget is not None and self.budget.scope == "adapter":
                 share = self._budget_share(batch)
                 gate.threshold.add_(_shift_to(gate, score_LN, share, self._costs_j))
 
@@ -136,6 +152,8 @@ class Trainer:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
             started = time.perf_counter()
+            if self.blocks is not None:
+                self.blocks.settle(self.step)
             totals = self._accumulate(rows)
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(
@@ -229,44 +247,66 @@ class Trainer:
         return [self._rows[i] for i in order[index * self._effective : (index + 1) * self._effective]]
 
     def _accumulate(self, rows: list[Encoded]) -> _Totals:
-        """Forward and backward over the effective batch; halves the micro-batch when memory runs out."""
+        """Forward and backward over the effective batch, its gradients and figures summed over ranks.
+
+        When memory runs out on any rank, all halve the micro-batch.
+        """
         while True:
+            part: _Totals | None = None
+            ran_out = None
             try:
-                return self._try_accumulate(rows)
+                part = self._try_accumulate(rows)
             except torch.OutOfMemoryError as error:
-                self._optimizer.zero_grad(set_to_none=True)
-                if self._micro_size == 1:
-                    raise HestError(
-                        f"out of memory with one sample at a time ({error})",
-                        "lower --max-tokens, or turn on --gradient-checkpointing",
-                    ) from error
-                self._micro_size = math.ceil(self._micro_size / 2)
-                torch.cuda.empty_cache()
+                ran_out = str(error)
+            parts = self._ranks.share((part, ran_out))
+            short = next((reason for _, reason in parts if reason is not None), None)
+            if short is None:
+                break
+            self._optimizer.zero_grad(set_to_none=True)
+            if self._micro_size == 1:
+                raise HestError(
+                    f"out of memory with one sample at a time ({short})",
+                    "lower --max-tokens, or turn on --gradient-checkpointing",
+                )
+            self._micro_size = math.ceil(self._micro_size / 2)
+            torch.cuda.empty_cache()
+        self._ranks.add_gradients(list(self.tuner.named_parameters().values()))
+        totals = _Totals()
+        for part, _ in parts:
+            assert part is not None
+            totals.add(part)
+        # Remembered in one order, and not before the batch is done, however many ranks there are.
+        for _, probe, worth in sorted(totals.measured):
+            assert self.blocks is not None
+            self.blocks.observe(probe, worth)
+        return totals
 
     def _try_accumulate(self, rows: list[Encoded]) -> _Totals:
         totals = _Totals()
         answer_tokens = sum(len(row.answer_ids) for row in rows)
-        shares: list[tuple[float, float, float]] = []
         for micro, start in enumerate(range(0, len(rows), self._micro_size)):
+            if not self._ranks.mine(micro):
+                continue
             part = rows[start : start + self._micro_size]
             batch = self._batch(part)
             noise = GateNoise(self._settings.seed, self.step, micro)
             gates = self._gates(batch, noise)
-            drawn = None if self.blocks is None else self.blocks.draw(self.step, noise)
+            drawn = None if self.blocks is None else self.blocks.draw(noise)
             # Open during the backward pass too: some versions of transformers recompute a checkpointed
             # layer together with its hooks.
-            with self._blocks_run(drawn), applied(self.backbone.layers, gates) if gates else nullcontext():
+            states = None if drawn is None else drawn.states
+            with self._blocks_run(states), self._adapters_run(gates):
                 with self._precision():
                     task = answer_loss(self.backbone, batch) / answer_tokens
                 loss = task
                 totals.task += float(task.detach())
                 if gates is not None:
                     loss = task + self._energy_term(gates, drawn, batch, rows, totals)
-                    shares.append(gates.shares())
+                    totals.shares.append(gates.shares())
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        if shares:
-            off, int8, full = (sum(column) / len(shares) for column in zip(*shares, strict=True))
-            totals.shares = (off, int8, full)
+            if drawn is not None and drawn.probe is not None:
+                worth = self._measure(drawn, batch, noise, float(task.detach()) * answer_tokens)
+                totals.measured.append((micro, drawn.probe, worth))
         return totals
 
     def _energy_term(
@@ -286,7 +326,7 @@ class Trainer:
             blocks, blocks_j = self.blocks.energy_j(drawn, batch.prompt_tokens.tolist(), self._new_tokens)
             expected = expected + blocks / len(rows)
             decided_j += blocks_j / len(rows)
-            term = self.blocks.int8_term(drawn) * len(batch.prompt_tokens) / len(rows)
+            term = self.blocks.worth(drawn) * len(batch.prompt_tokens) / len(rows)
         totals.expected_j += float(expected.detach())
         totals.decided_j += decided_j
         if self.budget is None or self.multiplier is None:
@@ -301,10 +341,24 @@ class Trainer:
         emax = self.blocks.prices.emax
         return sum(emax.total_j(len(row.prompt_ids), self._new_tokens) for row in rows) / len(rows)
 
-    def _blocks_run(self, drawn: BlockDraw | None) -> AbstractContextManager[None]:
-        if drawn is None or (drawn.on_L2 is None and drawn.states.all_full):
+    def _blocks_run(self, states: BlockStates | None) -> AbstractContextManager[None]:
+        if states is None or states.all_full:
             return nullcontext()
-        return in_states(self.backbone.layers, drawn.states, self._codes, on_L2=drawn.on_L2)
+        return in_states(self.backbone.layers, states, self._codes)
+
+    def _adapters_run(self, gates: GatePass | None) -> AbstractContextManager[None]:
+        return nullcontext() if gates is None else applied(self.backbone.layers, gates)
+
+    @torch.no_grad()
+    def _measure(self, drawn: BlockDraw, batch: TrainBatch, noise: GateNoise, nll: float) -> float:
+        """Run the micro-batch with the probed block turned over: what is it worth (nats a token)?"""
+        assert drawn.probe is not None
+        gates = self._adapters_run(self._gates(batch, noise))
+        with self._blocks_run(drawn.turned()), gates, self._precision():
+            turned = float(answer_loss(self.backbone, batch))
+        layer, block = drawn.probe
+        sign = -1 if drawn.states.state(layer, block) == OFF else 1
+        return sign * (turned - nll) / int(batch.answer_tokens.sum())
 
     def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:
@@ -342,7 +396,11 @@ class Trainer:
         penalty = 0.0
         if emax_j is not None and self.multiplier is not None:
             penalty = self.multiplier.weight * (totals.expected_j / emax_j - 1)
-        off, int8, full = totals.shares or (None, None, None)
+        off = int8 = full = None
+        if totals.shares:
+            off, int8, full = (
+                sum(column) / len(totals.shares) for column in zip(*totals.shares, strict=True)
+            )
         tokens = sum(len(row.prompt_ids) + len(row.answer_ids) for row in rows)
         return StepMetric(
             step=self.step + 1,

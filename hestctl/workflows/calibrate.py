@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from hestctl.calibration.figures import Target
 from hestctl.calibration.measure import Calibration, as_document, from_document, table_key
 from hestctl.energy.certificate import certify
 from hestctl.energy.check import MeterCheck, check_meter
@@ -31,8 +30,8 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import write_whole
 from hestctl.store.store import Store
-from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
-from hestctl.workflows.metering import find_counter, open_meter, record_table, settle
+from hestctl.workflows.engines import record_engine, with_kernels
+from hestctl.workflows.metering import find_counter, open_meter, record_table, settle, target_of
 from hestctl.workflows.setup import describe
 
 
@@ -129,7 +128,9 @@ def calibrate(
     try:
         with session as recorder:
             progress.note(f"run {recorder.run.run_id}")
-            target = Target(backbone, chosen_engine(settings, backbone, progress), settings.method)
+            target = target_of(settings, backbone)
+            why = f" ({target.engine.reason})" if target.engine.reason else ""
+            progress.note(f"engine: {target.engine.name}{why}")
             key = table_key(target, unopened)
             kept = _Kept.read(recorder.folder.path, key.text)
             # Before the meter opens: its own polling would spoil the check of what polling does.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hestctl.calibration.figures import Target
+from hestctl.calibration.figures import Target, runs_blocks
 from hestctl.calibration.measure import Calibration, table_key
 from hestctl.energy.counter import open_counter
 from hestctl.energy.meter import Meter
@@ -19,9 +19,9 @@ from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
 from hestctl.model.backbone import Backbone
 from hestctl.progress import Progress
-from hestctl.records import Run
+from hestctl.records import FULL, Run
 from hestctl.runs import Recorder
-from hestctl.settings import EnergySettings, Settings
+from hestctl.settings import EnergySettings, GenerationSettings, Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
 
@@ -39,7 +39,7 @@ def find_counter(settings: EnergySettings, device: torch.device) -> Counter | Un
 def open_meter(
     settings: EnergySettings,
     device: torch.device,
-    store: Store,
+    store: Store | None,
     progress: Progress,
     *,
     idle_w: float | None = None,
@@ -51,7 +51,7 @@ def open_meter(
     """
     counter = find_counter(settings, device)
     warnings: list[str] = []
-    if idle_w is None and not isinstance(counter, Unavailable):
+    if idle_w is None and store is not None and not isinstance(counter, Unavailable):
         idle_w, warnings = _certified(store, counter.device_uuid)
     synchronise = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
     with Meter(counter, idle_w=idle_w, synchronise=synchronise, poll_s=settings.poll_s) as meter:
@@ -96,24 +96,48 @@ def energy_table(
     *,
     resumed: Run | None = None,
 ) -> EnergyTable:
-    """The stored table that fits this device, shape and software, or its prices measured on the way.
+    """The stored table that fits this device, shape and software, or one measured on the way.
 
-    A ``resumed`` run keeps its own, so that it goes on with the prices it began with. Raises HestError:
-    usage where the only tables are stale, no device where the meter gives no joules.
+    That has the directions' prices alone, or in scope network all that the model needs for the batch size
+    and beams asked for, where the stored one lacks them. A ``resumed`` run keeps its own, so that it goes on
+    with the prices it began with. Raises HestError: usage where the only tables are stale, no device where
+    the meter gives no joules.
     """
     own = None if resumed is None else resumed.calibration_id
     table = stored_table(settings, backbone, meter, store, progress, own=own)
-    if table is None:
-        target = target_of(settings, backbone)
+    target, asked = target_of(settings, backbone), settings.generation
+    if settings.method.scope == "network":
+        lacking = _lacking(table, target, asked)
+        if lacking is not None:
+            progress.note(f"scope network needs the energy of whole generations: {lacking}")
+            energy = settings.energy.model_copy(update={"batch_sizes": (asked.batch_size,)})
+            table = Calibration(target, energy, meter, progress, recorder.check).full(asked.num_beams)
+            record_table(table, recorder, progress)
+    elif table is None:
         table = Calibration(target, settings.energy, meter, progress, recorder.check).directions()
         record_table(table, recorder, progress)
+    assert table is not None
     recorder.run.calibration_id = table.calibration_id
     return table
 
 
+def _lacking(table: EnergyTable | None, target: Target, asked: GenerationSettings) -> str | None:
+    """Why this table cannot bill the batches asked for; None where it can."""
+    if table is None or table.model is None:
+        return "this device has no energy model of this backbone yet"
+    size = table.model.padded(asked.batch_size, asked.num_beams)
+    if isinstance(size, Unavailable):
+        return size.reason
+    costs = table.model.component(size, asked.num_beams, 0, FULL)
+    return costs.reason if isinstance(costs, Unavailable) and runs_blocks(target) else None
+
+
 def target_of(settings: Settings, backbone: Backbone) -> Target:
-    """What these settings calibrate and run. Raises HestError (usage) for an engine that cannot run it."""
-    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    """What these settings calibrate. Raises HestError (usage) for an engine that cannot run the backbone.
+
+    Whatever states the settings give its blocks: all of them are in its table.
+    """
+    engine = engine_for(backbone, settings.generation.engine, None)
     return Target(backbone, engine, settings.method)
 
 
@@ -175,7 +199,6 @@ def calibrate_command(settings: Settings) -> str:
         ("--backbone", settings.backbone.name, default.backbone.name),
         ("--weights", settings.backbone.weights, default.backbone.weights),
         ("--dtype", settings.backbone.dtype, None),
-        ("--backbone-precision", settings.backbone.precision, default.backbone.precision),
         ("--engine", settings.generation.engine, default.generation.engine),
         ("--num-beams", settings.generation.num_beams, default.generation.num_beams),
         ("--batch-size", _listed(settings.energy.batch_sizes), _listed(default.energy.batch_sizes)),

@@ -92,7 +92,7 @@ def profile(settings: Settings, store: Store, progress: Progress, *, hardened: R
         if hardened is None:
             generator = kind.make(backbone, None, None)
         else:
-            generator = load_hardened(store, hardened, backbone, meter.device_name, kind)
+            generator = load_hardened(store, hardened, backbone, meter.device_name, kind, table)
         row = replace(
             describe(settings, backbone, meter, data),
             run_id=new_run_id("profile", hardened.method if hardened else "base"),

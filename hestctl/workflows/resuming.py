@@ -49,7 +49,7 @@ def resumable(settings: Settings, store: Store, run_id: str | None, command: str
     return max(runs, key=lambda run: run.created_at)
 
 
-_NO_MATTER = ("db", "profile.", "search.", "train.max_energy_j")
+_NO_MATTER = ("db", "profile.", "search.", "train.max_energy_j", "train.rank_timeout_s")
 """Settings that play no part in what a training run does, but for how far it comes."""
 
 

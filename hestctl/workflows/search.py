@@ -194,7 +194,7 @@ def _hold_to_reference(
     run = queries.get_run(store, reference.run_id)
     table = stored_table(s, backbone, meter, store, progress)
     kind = with_kernels(chosen_engine(s, backbone, progress), table)
-    generator = load_hardened(store, run, backbone, meter.device_name, kind)
+    generator = load_hardened(store, run, backbone, meter.device_name, kind, table)
     record_engine(row, kind, generator)
     result = evaluate(
         generator,

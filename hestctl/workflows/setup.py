@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
 from hestctl.data.articles import Splits, load_splits
@@ -13,14 +13,18 @@ from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
 from hestctl.generation.native import NativeGenerator
+from hestctl.hardening.certificate import certificate, worst
 from hestctl.hardening.harden import harden
+from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
+from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import METHODS, Tuner, build_tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
-from hestctl.records import Run
+from hestctl.records import FULL, INT8, Run
 from hestctl.runs import Recorder, new_run_id, versions
-from hestctl.settings import MethodSettings, Settings
+from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.folder import now
 from hestctl.store.store import Store
@@ -112,7 +116,7 @@ def describe(settings: Settings, backbone: Backbone, meter: Meter, data: Data | 
     method = settings.method
     spec = METHODS[method.name]
     ordinal = spec.gate == "ordinal"
-    engine = engine_for(backbone, settings.generation.engine, settings.backbone.precision)
+    engine = engine_for(backbone, settings.generation.engine, settings.backbone.blocks(backbone.num_layers))
     return Run(
         run_id=new_run_id("train", method.name),
         command="train",
@@ -195,19 +199,33 @@ def _reference(run: Run) -> Reference:
         run_id=run.run_id,
         int8_per_sample=billed * s["directions_int8_per_sample"],
         full_per_sample=billed * s["directions_full_per_sample"],
+        prompt_tokens=s["prompt_tokens_per_sample"],
         new_tokens=s["new_tokens_per_sample"],
     )
 
 
-def new_tuner(settings: MethodSettings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
+def decides_blocks(settings: Settings) -> bool:
+    """Whether a budget decides the states of the backbone's blocks: scope network, where no setting does."""
+    backbone, method = settings.backbone, settings.method
+    free = backbone.precision == "full" and backbone.skip_last == 0
+    return free and method.scope == "network" and METHODS[method.name].budgeted
+
+
+def learns_blocks(settings: Settings) -> bool:
+    """Whether training learns them, and does not take them from the sensitivities alone."""
+    return decides_blocks(settings) and settings.method.layers == "learned"
+
+
+def new_tuner(settings: Settings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
     """An untrained tuner for this backbone, on its device."""
     tuner = build_tuner(
-        settings,
+        settings.method,
         backbone.model,
         layers=backbone.num_layers,
         hidden=backbone.hidden_size,
         states=states,
         seed=seed,
+        learns_blocks=learns_blocks(settings),
     )
     if tuner.spectral is not None:
         tuner.spectral.to(backbone.device)
@@ -217,31 +235,44 @@ def new_tuner(settings: MethodSettings, backbone: Backbone, states: tuple[int, .
 def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
     """Store the plan with its certificate, and tell what repair did."""
     energies = plan.energies
-    recorder.plan({**plan.as_dict(), "certificate": plan.certificate()})
-    if plan.emax_j is None or energies is None:
+    recorder.plan({**plan.as_dict(), "certificate": certificate(plan), "worst": worst(plan)})
+    if energies is None or energies.emax_j is None or energies.worst_ratio is None:
         return
-    recorder.run.hardened_ratio = energies.hardened_j / plan.emax_j
-    expected, decided, hardened, worst = (
-        joules / plan.emax_j
-        for joules in (energies.expected_j, energies.decided_j, energies.hardened_j, energies.worst_j)
+    expected, decided, hardened = (
+        joules / energies.emax_j for joules in (energies.expected_j, energies.decided_j, energies.hardened_j)
     )
+    recorder.run.hardened_ratio = hardened
     progress.note(
-        f"hardened: {hardened:.3f} of E_max on {energies.samples} validation samples (worst {worst:.3f}); "
-        f"expected {expected:.3f}, hard gates before repair {decided:.3f}"
+        f"hardened: {hardened:.3f} of E_max on {energies.samples} validation samples "
+        f"(worst {energies.worst_ratio:.3f}); expected {expected:.3f}, hard gates before repair {decided:.3f}"
     )
     if not 0.95 <= hardened <= 1.0:
-        progress.note(
-            "outside 0.95 to 1.00 of E_max because "
-            + (
-                "a token that the ledger cuts may leave up to one int8 direction unspent"
-                if plan.uses_int8
-                else "samples differ in length: short ones cannot spend all, long ones are cut"
-            )
-        )
+        progress.note(f"outside 0.95 to 1.00 of E_max because {_why_outside(plan, hardened)}")
     if plan.moved is not None and abs(plan.moved) > 0.1:
         progress.note(
             f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less"
         )
+
+
+def _why_outside(plan: Plan, hardened: float) -> str:
+    if plan.scope == "adapter":
+        if plan.uses_int8:
+            return "a token that the ledger cuts may leave up to one int8 direction unspent"
+        return "samples differ in length: short ones cannot spend all, long ones are cut"
+    chosen = [choice for pair in plan.choices for choice in pair]
+    if any(choice.why == "fixed" for choice in chosen):
+        return "the settings fix the states of all blocks"
+    if plan.blocks.all_full:
+        return "every block is at full: there is nothing left to buy"
+    below = [choice for choice in chosen if choice.state != FULL]
+    if all(choice.why == "free" or choice.state == INT8 == choice.decided for choice in below):
+        return (
+            "every block that int8 measurably harms is at full: more joules would buy nothing "
+            "(--set budget.spend=all spends them)"
+        )
+    if 1 - plan.margin < 0.95:
+        return f"{100 * plan.margin:.0f} % stay in reserve for the energy model's error"
+    return "the longest generation binds: at the lengths of these samples it leaves joules unspent"
 
 
 def budget_of(
@@ -259,13 +290,18 @@ def budget_of(
     A ``resumed`` run keeps its own, even where a later tabs run would give another.
     """
     if resumed is not None and "budget" in resumed.summary:
-        budget = Budget(**resumed.summary["budget"])
+        budget = Budget.from_dict(resumed.summary["budget"])
     else:
         budget = _new_budget(settings, store, recorder.run, backbone, data, table)
     run = recorder.run
     run.emax_j, run.emax_ratio, run.emax_origin = budget.emax_j, budget.ratio, budget.origin
-    run.summary = {**run.summary, "budget": asdict(budget)}
-    progress.note(f"E_max {budget.emax_j:.4g} J a sample in scope adapter (predicted; {budget.origin})")
+    run.summary = {**run.summary, "budget": budget.as_dict()}
+    lengths = ""
+    if budget.envelope == "matched":
+        lengths = f" at {budget.prompt_tokens:.0f} + {budget.new_tokens:.0f} tokens, in proportion at others"
+    progress.note(
+        f"E_max {budget.emax_j:.4g} J a sample in scope {budget.scope}{lengths} (predicted; {budget.origin})"
+    )
     return budget
 
 
@@ -275,16 +311,30 @@ def _new_budget(
     s = settings
     reference = find_reference(store, run, s.budget.reference) if s.budget.emax_j is None else None
     prompts = [len(row.prompt_ids) for row in data.test]
-    mean_work = s.generation.num_beams * (sum(prompts) / len(prompts) + s.generation.new_tokens)
     return resolve_budget(
+        scope=s.method.scope,
+        envelope=s.budget.envelope,
         emax_j=s.budget.emax_j,
         emax_ratio=s.budget.emax_ratio,
         reference=reference,
         costs_j=table.costs_j,
-        predicted_j=predicted_tabs_j(mean_work, backbone.num_layers, s.method.rank, table.full.joules),
+        predicted_j=predicted_tabs_j(backbone.num_layers, s.method.rank, table.full.joules),
+        prompt_tokens=sum(prompts) / len(prompts),
         max_new_tokens=s.generation.new_tokens,
         num_beams=s.generation.num_beams,
+        batch_size=s.generation.batch_size,
+        model=table.model,
     )
+
+
+def blocks_of(
+    settings: Settings, backbone: Backbone, tuner: Tuner, sensitivities: Sensitivities | None = None
+) -> Blocks:
+    """What decides the states of the backbone's blocks: settings that fix them, else the tuner's gate."""
+    fixed, spectral, logits = settings.backbone.blocks(backbone.num_layers), tuner.spectral, None
+    if spectral is not None and isinstance(spectral.gate, OrdinalGate) and spectral.gate.blocks is not None:
+        logits = spectral.gate.block_logits().detach().cpu() if fixed.all_full else None
+    return Blocks(fixed, logits, sensitivities, settings.budget.spend)
 
 
 def harden_into(
@@ -296,10 +346,12 @@ def harden_into(
     table: EnergyTable,
     budget: Budget | None,
     progress: Progress,
+    blocks: Blocks | None = None,
 ) -> Plan | None:
     """Harden what was trained, and put plan, certificate and hardened tensors into the run.
 
-    A method without directions has no plan; LoRA's tensors are kept as they are.
+    A method without directions has no plan; LoRA's tensors are kept as they are. ``blocks`` is what decides
+    the states of the backbone's blocks, None for those that the settings fix, or the gate's own.
     """
     plan = None
     if tuner.spectral is not None:
@@ -310,9 +362,12 @@ def harden_into(
             data.validation,
             run_id=recorder.run.run_id,
             method=settings.method.name,
+            scope=settings.method.scope,
             table=table,
             budget=budget,
             margin=settings.budget.margin,
+            generation=settings.generation,
+            blocks=blocks or blocks_of(settings, backbone, tuner),
         )
         record_plan(plan, recorder, progress)
     if METHODS[settings.method.name].trained:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from hestctl.budget import Budget, Multiplier
+from hestctl.budget import Budget
 from hestctl.data.prompts import Encoded
 from hestctl.energy.meter import Meter
 from hestctl.energy.model import EnergyModel
@@ -19,6 +19,7 @@ from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.records import Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
@@ -34,7 +35,10 @@ from hestctl.training.checkpoint import (
     save_tensors,
 )
 from hestctl.training.loop import Trainer
-from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
+from hestctl.training.ranks import JointMeter, RankFailed, Ranks
+from hestctl.workflows.blocks import deciding, sensitivities_of
+from hestctl.workflows.engines import chosen_engine, in_blocks, record_engine, with_kernels
+from hestctl.workflows.follow import Inputs, identity, trainer_for
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.resuming import Resume, changes, resumable
 from hestctl.workflows.setup import (
@@ -43,6 +47,7 @@ from hestctl.workflows.setup import (
     Data,
     budget_of,
     check_reference,
+    decides_blocks,
     describe,
     harden_into,
     load_data,
@@ -81,12 +86,15 @@ def train(
     *,
     resuming: Resume | None = None,
     part: Part | None = None,
+    ranks: Ranks | None = None,
 ) -> Run:
     """Train one method, harden it, generate the test split under the meter, and record it all.
 
-    ``part``: within a search, on the backbone and data that it has loaded.
+    ``part``: within a search, on the backbone and data that it has loaded. ``ranks``: the processes that
+    share the training; the others call ``workflows.follow``.
     Raises HestError; whatever was finished before stays in the run's folder and in the store.
     """
+    ranks = ranks or Ranks()
     old = None if resuming is None else resumable(settings, store, resuming.run_id)
     _demand_budget(settings)
     if old is not None and resuming is not None:
@@ -95,14 +103,19 @@ def train(
         backbone, data = load_inputs(settings, store, progress)
     else:
         backbone, data = part.backbone, part.data
+    trained = METHODS[settings.method.name].trained
+    if trained:
+        ranks.share(None)  # what was downloaded now lies on the disk for all
     engine = chosen_engine(settings, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
         changed = changes(old, settings, data, force=resuming.force)
     ensure_space(store.root, _bytes_needed(settings, backbone))
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
-        if settings.train.max_energy_j is not None and METHODS[settings.method.name].trained:
-            demand_live_counter(meter)
+        if trained:
+            ranks.meet(meter, identity(settings, data.splits, backbone))
+        if settings.train.max_energy_j is not None and trained:
+            demand_live_counter(JointMeter(meter, ranks))
         run = describe(settings, backbone, meter, data)
         check_reference(settings, store, run)
         if part is not None:
@@ -117,7 +130,9 @@ def train(
             with session as recorder:
                 progress.note(f"run {run.run_id}")
                 resumed = None if changed else old
-                _Work(settings, store, backbone, data, meter, recorder, progress, engine, resumed).run_all()
+                _Work(
+                    settings, store, backbone, data, meter, recorder, progress, engine, ranks, resumed
+                ).run_all()
         except Interrupted as error:
             if part is None:
                 error.hint = f"{error.hint}; the same command with --resume goes on"
@@ -146,6 +161,7 @@ class _Work:
     recorder: Recorder
     progress: Progress
     engine: EngineKind
+    ranks: Ranks
     resumed: Run | None
     """The run as it was interrupted, where this one goes on with its very settings."""
     saved: tuple[int, int] | None = None
@@ -162,52 +178,56 @@ class _Work:
                 s, self.store, self.recorder, backbone, self.data, table, self.progress, self.resumed
             )
         self.recorder.commit()  # what a resumed run keeps must be there before the first checkpoint
-        tuner = new_tuner(s.method, self.backbone, table.states, s.train.seed)
+        known = None
+        if decides_blocks(s):
+            known = sensitivities_of(s, backbone, self.data.splits, self.store, self.recorder, self.progress)
+        tuner = new_tuner(s, self.backbone, table.states, s.train.seed)
         try:
-            self._tune(tuner, table, budget)
+            self._tune(tuner, table, budget, known)
         finally:
             tuner.discard()
 
-    def _tune(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
+    def _tune(
+        self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
+    ) -> None:
         """All that is done with the trained parts: training, hardening, evaluation."""
-        s, run = self.settings, self.recorder.run
+        s, run, backbone = self.settings, self.recorder.run, self.backbone
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
         run.adapter_parameters = counts.adapter
         if METHODS[s.method.name].trained:
-            self._train(tuner, table, budget)
+            self._train(tuner, table, budget, known)
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
-        plan = harden_into(self.recorder, s, self.backbone, tuner, self.data, table, budget, self.progress)
-        tuner.finish()
+        blocks = deciding(s, backbone, tuner, known)
+        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress, blocks)
+        states = blocks.fixed if plan is None else plan.blocks
         kind = with_kernels(self.engine, table)
+        kind = in_blocks(kind, self.store, backbone, tuner, states, write=True)
+        tuner.finish()
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)
 
-    def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
-        s, run = self.settings, self.recorder.run
-        multiplier = None
-        if budget is not None:
-            multiplier = Multiplier(s.budget.lambda0, s.budget.alpha, s.budget.dual)
-        trainer = Trainer(
-            self.backbone,
-            tuner,
-            self.data.train,
-            s.train,
-            costs_j=table.costs_j,
-            budget=budget,
-            multiplier=multiplier,
-        )
+    def _train(
+        self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
+    ) -> None:
+        s, run, ranks = self.settings, self.recorder.run, self.ranks
+        prompts = [len(row.prompt_ids) for row in self.data.validation]
+        given = ranks.told(Inputs(table, budget, known, prompts))
+        trainer = trainer_for(s, self.backbone, tuner, self.data.train, given, ranks)
         best = Best(patience=s.train.patience)
-        account = Account(self.meter, self.recorder.folder.path / SPENT_FILE, s.train.max_energy_j)
+        meter = JointMeter(self.meter, ranks)
+        account = Account(meter, self.recorder.folder.path / SPENT_FILE, s.train.max_energy_j)
         restored = self._continue_from_checkpoint(trainer, best, account)
         account.check()
         try:
             if not restored:
                 trainer.start()
+            if ranks.world > 1:
+                ranks.told((trainer.step, *trainer.state()))
             stopped = self._run_steps(trainer, best, account)
-            self.recorder.window(account.close())
-        except (Interrupted, JoulesUnknown):
+            self._close(account)
+        except (Interrupted, JoulesUnknown, RankFailed):
             self._save(trainer, best, account)
             raise
         finally:
@@ -219,6 +239,21 @@ class _Work:
             self.progress.note(f"taking the best evaluation, step {best.step}")
             tuner.load(best.state)
 
+    def _close(self, account: Account) -> None:
+        """End training on all ranks: every rank's window is recorded, every device counted once."""
+        ranks = self.ranks
+        ranks.share(False)
+        windows = ranks.finish(None)
+        counted = {rank for rank, _ in ranks.devices()}
+        others = [w for rank, w in enumerate(windows) if w is not None and rank in counted]
+        self.recorder.window(account.close(others))
+        for window in windows:
+            if window is not None:
+                self.recorder.window(window)
+        if ranks.world > 1:
+            run = self.recorder.run
+            run.summary = {**run.summary, "training_devices": ranks.uuids}
+
     def _run_steps(self, trainer: Trainer, best: Best, account: Account) -> str:
         """Train until something stops it, and say what; the state it stops in is judged and saved."""
         s = self.settings.train
@@ -227,6 +262,7 @@ class _Work:
             self._validate(trainer, best, account)
         steps = trainer.steps()
         while (stopped := _why_stop(trainer, best, account)) is None:
+            self.ranks.share(True)
             metric = next(steps)
             account.book("step")
             metric = replace(metric, train_energy_j=account.joules, elapsed_s=account.seconds)
@@ -239,6 +275,8 @@ class _Work:
                 self._validate(trainer, best, account)
             if trainer.step % s.save_steps == 0:
                 self._save(trainer, best, account)
+            if self.ranks.stop_signal is not None and self.recorder.stop_requested is None:
+                self.recorder.request_stop(self.ranks.stop_signal)
             self.recorder.check()
         if best.judged_step < trainer.step:  # else training up to here would count for nothing
             self._validate(trainer, best, account)
@@ -298,7 +336,8 @@ class _Work:
     def _validate(self, trainer: Trainer, best: Best, account: Account) -> None:
         """Answer likelihood (and ROUGE where asked for) of the validation split, by the hard gates."""
         rows, model = self.data.validation, self.backbone.model
-        generator = Generator(self.backbone, trainer.tuner.spectral, None)
+        blocks = None if trainer.blocks is None else trainer.blocks.decided()
+        generator = Generator(self.backbone, trainer.tuner.spectral, None, blocks)
         training = model.training
         model.train(False)
         nll = tokens = 0.0

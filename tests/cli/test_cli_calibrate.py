@@ -73,6 +73,29 @@ def test_a_calibration_of_something_else_is_not_resumed(tmp_path: Path) -> None:
     assert run_cli(tmp_path, *CALIBRATE, "--resume").code == 0
 
 
+def test_what_a_block_costs_in_each_state_is_told(tmp_path: Path) -> None:
+    document = run_cli(tmp_path, *CALIBRATE).document
+    rows = document["blocks"]
+    assert [(row["block"], row["state"]) for row in rows] == [
+        (block, state) for block in ("attention", "mlp") for state in ("full", "int8")
+    ]
+    for row in rows:
+        assert (row["batch_size"], row["num_beams"], row["prompt_tokens"]) == (1, 1, 48)
+        assert row["prefill_j_per_prompt_token"] >= 0
+        assert row["decode_j_per_step"] >= 0
+        for phase, name in (("prefill", "prefill_j_per_prompt_token"), ("decode", "decode_j_per_step")):
+            full = next(r for r in rows if r["block"] == row["block"] and r["state"] == "full")[name]
+            ratio = row[f"{phase}_ratio_of_full"]
+            assert ratio is None if full == 0 else ratio == pytest.approx(row[name] / full)
+    states = {(p["attention"], p["mlp"]) for p in document["table"]["model"]["points"]}
+    assert len(states) == 7
+    shown = run_cli(tmp_path, *(argument for argument in CALIBRATE if argument != "--json")).out
+    assert "one layer's blocks" in shown
+    assert "the fit is off by at most" in shown
+    refused = run_cli(tmp_path, *CALIBRATE, "--backbone-precision", "int8")
+    assert refused.code == Exit.USAGE
+
+
 @pytest.fixture
 def calibrated(copied: Study) -> Study:
     outcome = run_cli(copied.folder, *CALIBRATE)
@@ -100,7 +123,7 @@ def test_profile_predicts_and_tells_the_phases_apart(calibrated: Study) -> None:
 def test_chosen_kernels_are_what_generation_takes_and_its_record_says(copied: Study) -> None:
     int8 = ("--backbone-precision", "int8")
     before = run_cli(copied.folder, *PROFILE, *int8).document
-    calibrated = run_cli(copied.folder, *CALIBRATE, *int8).document
+    calibrated = run_cli(copied.folder, *CALIBRATE).document
     after = run_cli(copied.folder, *PROFILE, *int8).document
     engines = [
         run_cli(copied.folder, "runs", "show", document["run_id"], "--json").document["summary"]["engine"]
@@ -108,7 +131,7 @@ def test_chosen_kernels_are_what_generation_takes_and_its_record_says(copied: St
     ]
     assert {(engine["name"], engine["reason"]) for engine in engines} == {("hestctl", None)}
     assert engines[0]["kernels"] == "default: not calibrated"
-    assert engines[1]["kernels"] == engines[2]["kernels"]
+    assert engines[1]["kernels"] == "full precision: torch's own"
     assert set(calibrated["table"]["kernels"]["by_shape"]) >= {"decode n16 m64 k64", "prefill n4096 m64 k64"}
     assert "16 rows: torch._int_mm (the only one that runs here)" in engines[2]["kernels"]["64x64"]
     assert engines[2]["adapter"].startswith("unfused: ")

@@ -13,7 +13,7 @@ from cli_tools import ESTIMATED, Study, run_cli
 import hestctl
 from hestctl.errors import Exit
 
-HEAVY = {"torch", "transformers", "plotnine", "duckdb", "pandas", "datasets", "optuna"}
+HEAVY = {"torch", "transformers", "accelerate", "plotnine", "duckdb", "pandas", "datasets", "optuna"}
 
 IMPORTED = """
 import atexit, sys

@@ -11,11 +11,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hestctl.budget import Bill, Emax
 from hestctl.data.prompts import Encoded
+from hestctl.energy.model import Terms
 from hestctl.hardening.plan import PLAN_VERSION, Plan
 from hestctl.model import backbone as backbones
 from hestctl.model import random_weights
 from hestctl.model.methods import build_tuner
+from hestctl.records import BlockStates
 from hestctl.settings import MethodSettings
 
 METHODS = ("base", "lora", "tabs", "bhsp", "hest", "hest-fp16")
@@ -117,21 +120,29 @@ def binding_plan(backbone, adapters, rows: Sequence[Encoded], share, new_tokens,
     """A plan whose E_max is ``share`` of what all directions would cost on the longest row."""
     layers, _, rank = adapters.shape
     work = (max(len(row.prompt_ids) for row in rows) + new_tokens) * beams
+    emax_j = share * work * layers * rank * 1e-6
     return Plan(
         version=PLAN_VERSION,
         run_id="r",
         method="hest",
         scope="adapter",
+        envelope="absolute",
         backbone=backbone.name,
         fingerprint=backbone.fingerprint,
         device_name="cpu",
         calibration_id="c",
+        table_key="k",
         energy_kind="estimated",
         costs_j=(0.0, 0.4e-6, 1e-6),
         uses_int8=adapters.uses_int8,
-        emax_j=share * work * layers * rank * 1e-6,
+        emax_j=emax_j,
         emax_origin="test",
         margin=0.01,
+        batch_size=len(rows),
+        num_beams=beams,
+        max_new_tokens=new_tokens,
+        bills=(Bill(1, 1, Terms.zero(), Emax(Terms.zero(), Terms(call_j=emax_j))),),
+        blocks=BlockStates.uniform(layers),
         pace=tuple(1.0 + index for index in range(layers)),
         order=tuple(tuple(row) for row in adapters.importance().argsort(dim=1, descending=True).tolist()),
         shift=0.0,

@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from hestctl.generation.native import NativeGenerator, generator, network
 from hestctl.generation.native.graph import compiled
 from hestctl.kernels.choose import Choice, Choices, Shape
+from hestctl.records import INT8, BlockStates
 
 pytest.importorskip("triton", reason="triton is not installed")
 NEW = 8
@@ -106,8 +107,9 @@ def own_kernels(backbone):
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM"])
 def test_own_int8_kernels_generate_what_the_library_s_do(family, samples):
     backbone, rows = family_backbone(family), samples(2, prompt=9)
-    default = NativeGenerator(backbone, None, None, precision="int8")
-    own = NativeGenerator(backbone, None, None, precision="int8", choices=own_kernels(backbone))
+    int8 = BlockStates.uniform(backbone.num_layers, INT8)
+    default = NativeGenerator(backbone, None, None, blocks=int8)
+    own = NativeGenerator(backbone, None, None, blocks=int8, choices=own_kernels(backbone))
     assert default.notes["kernels"] == "default: not calibrated"
     assert set(own.notes["kernels"].values()) == {
         f"16 rows: {SMALL[1]} (asked for); 32 rows: {SMALL[32]} (asked for)"
@@ -124,7 +126,7 @@ def test_own_kernels_stand_in_the_layer_s_one_graph(samples, monkeypatch):
     counter = CompileCounter()
     monkeypatch.setattr(network, "compiled", lambda stage: compiled(stage, backend=counter))
     torch._dynamo.reset()
-    options = {"precision": "int8", "choices": own_kernels(backbone), "static": True}
+    options = {"blocks": BlockStates.uniform(3, INT8), "choices": own_kernels(backbone), "static": True}
     eager, engine = (NativeGenerator(backbone, None, None, **options) for _ in range(2))
     engine._network.compile()
     out = engine.generate(rows, new_tokens=3, num_beams=1)

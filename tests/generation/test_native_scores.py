@@ -12,6 +12,7 @@ from torch import nn
 from hestctl.generation.engine import Generator
 from hestctl.generation.native import NativeGenerator
 from hestctl.kernels.reference import int8_linear
+from hestctl.records import INT8, BlockStates
 
 
 class Oracle(nn.Module):
@@ -60,7 +61,9 @@ def test_int8_is_the_model_whose_matmuls_are_the_oracle(method, family, static, 
     backbone = family_backbone(family)
     adapters, plan = adapted(method, backbone, rows)
     theirs = Generator(with_oracles(backbone), adapters, plan)
-    mine = NativeGenerator(backbone, adapters, plan, precision="int8", static=static)
+    mine = NativeGenerator(
+        backbone, adapters, plan, blocks=BlockStates.uniform(backbone.num_layers, INT8), static=static
+    )
     full = NativeGenerator(backbone, adapters, plan, static=static)
     for beams in (1, 2):
         a, b = (engine.generate(rows, new_tokens=8, num_beams=beams) for engine in (theirs, mine))

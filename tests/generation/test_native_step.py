@@ -17,6 +17,7 @@ from hestctl.generation.engine import Generator
 from hestctl.generation.native import NativeGenerator, cache, network, unsupported
 from hestctl.generation.native.graph import LOOK_EVERY, compiled
 from hestctl.generation.native.weights import read_weights
+from hestctl.records import FULL, INT8, BlockStates
 
 NEW = 8
 
@@ -44,14 +45,14 @@ class Forbid(TorchDispatchMode):
 def test_weights_are_shared_not_copied():
     backbone = family_backbone("Qwen2ForCausalLM", tie_word_embeddings=True)
     state = {name: p.clone() for name, p in backbone.model.named_parameters()}
-    weights = read_weights(backbone, "full")
+    weights = read_weights(backbone, BlockStates.uniform(backbone.num_layers))
     for layer, mine in zip(backbone.layers, weights.layers, strict=True):
         attention, mlp = layer.self_attn, layer.mlp
         for product, modules in (
-            (mine.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
-            (mine.out, (attention.o_proj,)),
-            (mine.gate_up, (mlp.gate_proj, mlp.up_proj)),
-            (mine.down, (mlp.down_proj,)),
+            (mine.attention.qkv, (attention.q_proj, attention.k_proj, attention.v_proj)),
+            (mine.attention.out, (attention.o_proj,)),
+            (mine.mlp.gate_up, (mlp.gate_proj, mlp.up_proj)),
+            (mine.mlp.down, (mlp.down_proj,)),
         ):
             storage = product.weight_MD.untyped_storage()
             assert {m.weight.untyped_storage().data_ptr() for m in modules} == {storage.data_ptr()}
@@ -62,9 +63,12 @@ def test_weights_are_shared_not_copied():
     assert weights.head.weight_MD.data_ptr() == weights.embedding_VD.data_ptr()
     for name, parameter in backbone.model.named_parameters():
         assert torch.equal(parameter, state[name])
-    again = read_weights(backbone, "full")
+    again = read_weights(backbone, BlockStates.uniform(backbone.num_layers))
     assert again.pointers == weights.pointers
-    assert again.layers[0].qkv.weight_MD.data_ptr() == weights.layers[0].qkv.weight_MD.data_ptr()
+    assert (
+        again.layers[0].attention.qkv.weight_MD.data_ptr()
+        == weights.layers[0].attention.qkv.weight_MD.data_ptr()
+    )
 
 
 def test_generating_holds_no_second_copy_of_the_weights(backbone, samples):
@@ -137,9 +141,10 @@ def test_one_compilation_serves_all_layers_and_every_prompt_of_a_bucket(samples,
     counter = CompileCounter()
     monkeypatch.setattr(network, "compiled", lambda stage: compiled(stage, backend=counter))
     torch._dynamo.reset()
-    for precision in ("full", "int8"):
-        eager = NativeGenerator(backbone, None, None, precision=precision, static=True)
-        engine = NativeGenerator(backbone, None, None, precision=precision, static=True)
+    for state in (FULL, INT8):
+        blocks = BlockStates.uniform(5, state)
+        eager = NativeGenerator(backbone, None, None, blocks=blocks, static=True)
+        engine = NativeGenerator(backbone, None, None, blocks=blocks, static=True)
         engine._network.compile()
         counter.clear()
         rows = samples(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from hestctl.energy.model import Cost
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
+from hestctl.generation.native import NativeGenerator
+from hestctl.hardening.certificate import certificate
 from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan, read_plan
 from hestctl.model.methods import build_tuner
 from hestctl.model.spectral import applied, normalise
-from hestctl.settings import MethodSettings
+from hestctl.records import FULL, INT8, OFF
+from hestctl.settings import GenerationSettings, MethodSettings
 
 NEW_TOKENS = 6
 
@@ -90,6 +94,7 @@ def hardened(backbone, rows, share, *, states=(0, 1, 2), beams=1, seed=0):
         table=table(),
         budget=budget,
         margin=0.01,
+        generation=GenerationSettings(new_tokens=NEW_TOKENS, num_beams=beams),
     )
     return tuner, plan
 
@@ -118,6 +123,7 @@ def test_gates_already_in_the_band_are_left_as_training_made_them(backbone, samp
         table=table(),
         budget=budget_of(backbone, rows, 0.3),
         margin=0.01,
+        generation=GenerationSettings(new_tokens=NEW_TOKENS, num_beams=1),
     )
     assert again.shift == 0
     assert torch.equal(before, tuner.spectral.gate.threshold)
@@ -158,13 +164,13 @@ def test_a_plan_comes_back_from_disk_as_it_was(backbone, samples, tmp_path):
     rows = samples(4)
     _, plan = hardened(backbone, rows, 0.3)
     path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**plan.as_dict(), "created_at": "now", "certificate": plan.certificate()}))
+    path.write_text(json.dumps({**plan.as_dict(), "created_at": "now", "certificate": certificate(plan)}))
     assert read_plan(path) == plan
 
 
 def test_the_certificate_bounds_every_length(backbone, samples):
     _, plan = hardened(backbone, samples(4), 0.3)
-    rows = plan.certificate()
+    rows = certificate(plan)
     assert [row["length_tokens"] for row in rows][-1] == 4096
     assert all(row["bound_j"] <= plan.emax_j for row in rows)
     assert rows[-1]["open_share"] < 0.05
@@ -172,12 +178,16 @@ def test_the_certificate_bounds_every_length(backbone, samples):
 
 def test_a_plan_refuses_another_backbone_device_or_version(backbone, samples, tmp_path):
     _, plan = hardened(backbone, samples(4), 0.3)
-    plan.check(backbone.fingerprint, "Fake")
+    plan.check(backbone.fingerprint, "Fake", "k")
+    plan.check(backbone.fingerprint, "Fake", None)
     with pytest.raises(HestError, match="another backbone") as caught:
-        plan.check("another", "Fake")
+        plan.check("another", "Fake", "k")
     assert caught.value.exit_code == Exit.USAGE
     with pytest.raises(HestError, match="another device"):
-        plan.check(backbone.fingerprint, "H100")
+        plan.check(backbone.fingerprint, "H100", "k")
+    with pytest.raises(HestError, match="another energy table") as caught:
+        plan.check(backbone.fingerprint, "Fake", "other")
+    assert "hestctl harden --run r" in caught.value.hint
     with pytest.raises(HestError, match="version"):
         Plan.from_dict({**plan.as_dict(), "version": 99})
     (tmp_path / "plan.json").write_text('{"version": 1')
@@ -190,10 +200,18 @@ def test_methods_without_a_budget_get_a_plan_that_binds_nothing(name, backbone, 
     rows = samples(3)
     tuner = spectral(backbone, name)
     plan = harden(
-        backbone, tuner.spectral, rows, run_id="r", method=name, table=table(), budget=None, margin=0.01
+        backbone,
+        tuner.spectral,
+        rows,
+        run_id="r",
+        method=name,
+        table=table(),
+        budget=None,
+        margin=0.01,
+        generation=GenerationSettings(),
     )
     assert plan.emax_j is None
-    assert plan.certificate() == []
+    assert certificate(plan) == []
     assert plan.energies.decided_j == pytest.approx(plan.energies.hardened_j)
     out = Generator(backbone, tuner.spectral, plan).generate(rows, new_tokens=3, num_beams=1)
     assert plan.joules(out.counts_QLS) > 0
@@ -205,3 +223,25 @@ def test_an_int8_state_that_does_not_pay_is_dropped():
     assert table(int8=2e-6).states == (0, 2)
     assert "dropped" in table(int8=2e-6).verdict()
     assert EnergyTable.from_dict(json.loads(json.dumps(table().as_dict()))) == table()
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+def test_an_engine_does_not_ask_the_gates_of_a_fixed_layer(kind, backbone, samples, monkeypatch):
+    rows = samples(3)
+    tuner, plan = hardened(backbone, rows, 0.3)
+    constant = (FULL, OFF, INT8, OFF) * 4
+    gate, asked = tuner.spectral.gate, set()
+    with torch.no_grad():
+        # As the gate itself would decide: full, off, or int8 between two thresholds.
+        gate.threshold[0] = torch.tensor([-1e4, 1e4, -1e4, 1e4] * 4)
+        gate.gap[0] = torch.tensor([1.0, 1.0, 1e5, 1.0] * 4)
+    plan = replace(plan, fixed=(None, *[None] * (backbone.num_layers - 1)))
+    before = kind(backbone, tuner.spectral, plan).generate(rows, new_tokens=4, num_beams=1)
+    plan = replace(plan, fixed=(constant, *[None] * (backbone.num_layers - 1)))
+    real = gate.decide
+    monkeypatch.setattr(gate, "decide", lambda x, layer: asked.add(layer) or real(x, layer))
+    after = kind(backbone, tuner.spectral, plan).generate(rows, new_tokens=4, num_beams=1)
+    assert 0 not in asked
+    assert 1 in asked
+    assert after.new_ids == before.new_ids
+    assert torch.equal(after.counts_QLS, before.counts_QLS)

@@ -18,7 +18,7 @@ def make(costs_j, emax_j, work, *, layers=3, rank=5, margin=0.01, seed=0, uses_i
     tariff = Tariff.from_costs(costs_j, uses_int8=uses_int8)
     pace = torch.rand(layers, generator=generator) + 0.05
     order = torch.stack([torch.randperm(rank, generator=generator) for _ in range(layers)])
-    income = incomes(emax_j, margin, pace, torch.tensor(work), tariff)
+    income = incomes((1 - margin) * emax_j / torch.tensor(work).double(), pace, rank, tariff)
     return Ledger(income, order, tariff, uses_int8=uses_int8), order
 
 
@@ -96,7 +96,7 @@ def test_the_least_important_direction_goes_first_and_int8_comes_before_off():
     costs = (0.0, 0.5e-6, 1e-6)
     tariff = Tariff.from_costs(costs, uses_int8=True)
     order = torch.tensor([[2, 0, 1]])
-    income = incomes(2.0e-6, 0.0, torch.ones(1), torch.tensor([1]), tariff)
+    income = incomes(torch.tensor([2.0e-6], dtype=torch.float64), torch.ones(1), 3, tariff)
     ledger = Ledger(income, order, tariff, uses_int8=True)
     asked = torch.full((1, 1, 3), FULL)
     applied = ledger.allow(0, asked, torch.ones(1, 1, dtype=torch.bool))
@@ -106,7 +106,7 @@ def test_the_least_important_direction_goes_first_and_int8_comes_before_off():
 def test_what_a_frugal_token_leaves_the_next_may_spend():
     costs = (0.0, 0.5e-6, 1e-6)
     tariff = Tariff.from_costs(costs, uses_int8=False)
-    income = incomes(4e-6, 0.0, torch.ones(1), torch.tensor([4]), tariff)
+    income = incomes(torch.tensor([1e-6], dtype=torch.float64), torch.ones(1), 3, tariff)
     ledger = Ledger(income, torch.tensor([[0, 1, 2]]), tariff, uses_int8=False)
     asked = torch.tensor([[[0, 0, 0], [0, 0, 0], [FULL] * 3, [FULL] * 3]])
     applied = ledger.allow(0, asked, torch.ones(1, 4, dtype=torch.bool))

@@ -51,7 +51,7 @@ def make_ledger(ratio, work, rank, seed):
     pace = torch.rand(LAYERS, generator=generator) + 0.2
     order = torch.stack([torch.randperm(rank, generator=generator) for _ in range(LAYERS)]).to(DEVICE)
     emax_j = ratio * max(work) * LAYERS * rank * 1e-6
-    income = incomes(emax_j, 0.01, pace, torch.tensor(work), tariff).to(DEVICE)
+    income = incomes(0.99 * emax_j / torch.tensor(work).double(), pace, rank, tariff).to(DEVICE)
     return lambda: Ledger(income, order, tariff, uses_int8=False), order
 
 
@@ -109,8 +109,8 @@ def side_by_side(
     work = [(length + tokens) * beams for length in lengths]
     make, order = (lambda: None, None) if ratio is None else make_ledger(ratio, work, rank, seed)
     oracle_ledger, prompt_ledger = make(), make()
-    oracle = HardPass(adapters, mask_WT, requests, oracle_ledger)
-    prompt = HardPass(adapters, mask_WT, requests, prompt_ledger)
+    oracle = HardPass(adapters, mask_WT, requests, oracle_ledger, {})
+    prompt = HardPass(adapters, mask_WT, requests, prompt_ledger, {})
     prompt_WTD = torch.randn(rows, longest, hidden, generator=generator).to(DEVICE, dtype)
     for layer in range(LAYERS):
         oracle(layer, prompt_WTD)

@@ -4,7 +4,7 @@ A request's prompt is held once, however many beams it has; the slots after it h
 generated, step by step and beam by beam. Which beam may see which of those slots is the mask's business
 (``session``), so nothing is ever copied or reordered here.
 
-Shape legend: L layers, Q requests, K heads, C slots, E head size.
+Shape legend: L layers that attend, Q requests, K heads, C slots, E head size.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class CacheShape(NamedTuple):
 
 
 def cache_shape(layers: int, requests: int, slots: int, heads: Heads) -> CacheShape:
-    """The cache of ``requests`` requests with ``slots`` slots each."""
+    """The cache of ``requests`` requests with ``slots`` slots each, in ``layers`` layers that attend."""
     return CacheShape(layers, 2, requests, heads.kv, slots, heads.size)
 
 

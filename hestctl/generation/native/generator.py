@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generated, Notes
+from hestctl.generation.engine import Generated, Notes, blocks_note
 from hestctl.generation.fused import why_not_fused
 from hestctl.generation.native.cache import allocate, bucket
 from hestctl.generation.native.choice import Rules
@@ -27,11 +27,13 @@ from hestctl.generation.native.known import repetition_penalty, unsupported
 from hestctl.generation.native.network import Network
 from hestctl.generation.native.prompts import Prompts, lay_out
 from hestctl.generation.native.session import Session, Shape
-from hestctl.generation.native.weights import Precision, kernel_note
+from hestctl.generation.native.weights import kernel_note
+from hestctl.hardening.artefact import Codes
 from hestctl.hardening.plan import Plan
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.spectral import SpectralAdapters
+from hestctl.records import BlockStates
 
 ENGINE = "hestctl"
 
@@ -42,9 +44,10 @@ _SESSIONS = 32
 class NativeGenerator:
     """A backbone with hardened adapters, ready to generate; base and merged LoRA have no adapters.
 
-    ``precision`` int8 runs the decoder layers' MatMuls in int8, by the kernels of ``choices`` (the default
-    one where it is None). ``static`` lays everything out as a GPU needs it; by default where there is one.
-    ``notes`` tells whether decode's adapters are fused, and which kernels run, each with its reason.
+    ``blocks`` are the states that the layers' blocks run in, None for all in full: int8 ones by the kernels
+    of ``choices`` (the default one where it is None), from ``codes`` where given. ``static`` lays everything
+    out as a GPU needs it; by default where there is one. ``notes`` tells which blocks run how, whether
+    decode's adapters are fused, and which kernels run, each with its reason.
 
     int8 codes and adapters are taken as they are when the generator is made: merge LoRA and harden before.
     A backbone whose parameters are put elsewhere is read again.
@@ -60,8 +63,9 @@ class NativeGenerator:
         adapters: SpectralAdapters | None,
         plan: Plan | None,
         *,
-        precision: Precision = "full",
+        blocks: BlockStates | None = None,
         choices: Choices | None = None,
+        codes: Codes | None = None,
         static: bool | None = None,
     ) -> None:
         on_gpu = backbone.device.type == "cuda"
@@ -69,7 +73,7 @@ class NativeGenerator:
         if on_gpu and adapters is not None and adapters.uses_int8 and adapters.shape[2] % 8:
             _refuse(f"int8 products on a GPU need ranks of multiples of 8, not {adapters.shape[2]}")
         self.backbone, self.adapters, self.plan = backbone, adapters, plan
-        self.precision, self._choices = precision, choices
+        self._choices = choices
         self._static = on_gpu if static is None else static
         self._directions, self._fused = None, False
         self.notes: Notes = {"adapter": "none"}
@@ -80,12 +84,19 @@ class NativeGenerator:
                 reason = "batches are not laid out for a GPU"
             self._fused = reason is None
             self.notes["adapter"] = "fused" if reason is None else f"unfused: {reason}"
-        self._network = Network(backbone, precision, choices)
+        wanted = BlockStates.uniform(backbone.num_layers) if blocks is None else blocks
+        self._network = Network(backbone, wanted, choices, codes)
+        self.notes["blocks"] = blocks_note(self.blocks)
         self.notes["kernels"] = kernel_note(self._network.weights, choices)
         self._warm = False
         self._sessions: OrderedDict[Shape, Session] = OrderedDict()
         self._most_sessions = _SESSIONS
         self._memory = torch.empty(0, dtype=backbone.dtype)
+
+    @property
+    def blocks(self) -> BlockStates:
+        """The states that the layers' blocks run in, by what the network holds of them."""
+        return self._network.weights.blocks
 
     @torch.inference_mode()
     def warm_up(
@@ -146,7 +157,7 @@ class NativeGenerator:
         self._warm = True
         session.begin([row.prompt_ids for row in rows])
         stop = session.stop()
-        for _ in range(new_tokens - 1):
+        for _ in range(shape.rules.new_tokens - 1):
             if stop.stopped():
                 break
             session.decode()
@@ -155,7 +166,7 @@ class NativeGenerator:
             end = next((i + 1 for i, token in enumerate(row) if token in shape.rules.stop_ids), None)
             new_ids.append(row[: end or len(row)])
             stopped.append(end is not None)
-        return Generated(new_ids, stopped, _log(session.gates))
+        return Generated(new_ids, stopped, _log(session.gates), self.blocks)
 
     @torch.inference_mode()
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
@@ -226,6 +237,10 @@ class NativeGenerator:
 
     def _shape(self, rows: Sequence[Encoded], new_tokens: int, beams: int, forced: bool) -> Shape:
         longest = max(len(row.prompt_ids) for row in rows)
+        if self.plan is not None:
+            new_tokens = self.plan.max_new_tokens_for(
+                [len(row.prompt_ids) for row in rows], beams, new_tokens, [row.sample_id for row in rows]
+            )
         _refuse(unsupported(self.backbone, longest + new_tokens))
         stop_ids, pad_id = self.backbone.stop_ids, self.backbone.pad_id
         rules = Rules(new_tokens, stop_ids, pad_id, forced, repetition_penalty(self.backbone))
@@ -265,7 +280,8 @@ class NativeGenerator:
         if self._network.moved:
             _refuse(unsupported(self.backbone))
             self._sessions.clear()
-            self._network = Network(self.backbone, self.precision, self._choices)
+            # Without the codes it was made with: weights that moved may be others.
+            self._network = Network(self.backbone, self.blocks, self._choices)
 
 
 def _parts(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:

@@ -11,17 +11,18 @@ from torch import Tensor
 LOOK_EVERY = 4
 """Steps between two looks at the stop flag: at most twice as many run after the last row has stopped."""
 
-_SHAPES = 64
-"""Batch shapes and length buckets that one process may compile a layer for."""
+_COMPILATIONS = 256
+"""Of one part of a layer in one process: 64 batch shapes and length buckets, 4 kinds of layer."""
 
 
 def compiled(stage: Callable[..., Any], backend: Any = "inductor") -> Callable[..., Any]:
-    """``stage`` compiled once for all layers of a model, and again for every new shape of its inputs."""
+    """``stage`` compiled once for all layers of a kind, and again for every new shape of its inputs."""
     # Autotuned GEMVs were as fast as the library's and drew a quarter more power: not asked for.
     run = torch.compile(stage, fullgraph=True, dynamic=False, backend=backend)
 
     def call(*args: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+        limits = {"recompile_limit": _COMPILATIONS, "accumulated_recompile_limit": 4 * _COMPILATIONS}
+        with torch._dynamo.config.patch(limits):
             return run(*args)
 
     return call

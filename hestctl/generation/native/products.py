@@ -9,7 +9,6 @@ Shape legend: N tokens, D inputs, M outputs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -61,12 +60,11 @@ class Int8Product(_Plain):
     """The same in int8, by the numerics of ``kernels.reference``.
 
     Fused with our own kernels' quantisation, a norm may move a code by one step: its sum has another order.
-    Keeps its own int8 codes: a quarter to a half of the weights' bytes beside them. ``kernel`` as for
-    ``Int8Linear``.
+    ``linear`` keeps int8 codes of its own: a quarter to a half of the weights' bytes beside them.
     """
 
-    def __init__(self, weight_MD: Tensor, bias_M: Tensor | None, kernel: str | Mapping[int, str]) -> None:
-        self.linear = Int8Linear([weight_MD], [bias_M], kernel=kernel)
+    def __init__(self, linear: Int8Linear) -> None:
+        self.linear = linear
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         return self.linear(x_ND)

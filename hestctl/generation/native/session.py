@@ -42,7 +42,7 @@ class Shape(NamedTuple):
         """The cache it needs: the prompt's slots once, and a slot for each beam and new token."""
         slots = self.prompt_slots + bucket(self.rules.new_tokens * self.beams)
         weights = network.weights
-        return cache_shape(len(weights.layers), self.requests, slots, weights.heads)
+        return cache_shape(weights.attending, self.requests, slots, weights.heads)
 
 
 class Session:
@@ -113,18 +113,17 @@ class Session:
 
     def step(self) -> None:
         """Embedding, layers with their gates, choice, and everything's move to the next position."""
-        network, heads = self._network, self._network.weights.heads
+        network = self._network
         if self.gates is not None:
             self.gates.start(self.choice.alive)
-        x_WD = F.embedding(self.choice.tokens_W, network.weights.embedding_VD)
-        cos, sin = self._cos[self._position_W], self._sin[self._position_W]
+        turns = self._cos[self._position_W], self._sin[self._position_W]
         mask = self._visible()
-        for index, layer in enumerate(network.weights.layers):
-            q, k, v = network.before_attention(x_WD, layer, cos, sin, heads)
-            mixed = self._attend(self._stores[index], q, k, v, mask)
-            x_WD = network.after_attention(x_WD, mixed, layer, heads)
-            if self.gates is not None:
-                x_WD = self.gates.token(index, x_WD)
+
+        def mix(nth: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return self._attend(self._stores[nth], q, k, v, mask)
+
+        adapt = None if self.gates is None else self.gates.token
+        x_WD = network.through(self.choice.tokens_W, turns, mix, adapt)
         if self.gates is not None:
             self.gates.tally()
         parents_QB = self.choice.choose(network.logits(x_WD))
