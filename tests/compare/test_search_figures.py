@@ -151,6 +151,7 @@ def test_the_front_has_feasible_trials_that_none_beats() -> None:
         (3, 4.0, 30.0, False),  # below the baseline
         (4, 5.0, 31.8, True),  # as many joules as 1, a lower score
         (5, float("nan"), 40.0, True),
+        (6, 7.0, 32.0, True),  # the score of 1, for more joules
     ]
     assert list(front(pd.DataFrame(rows, columns=columns))["number"]) == [1, 0]
 

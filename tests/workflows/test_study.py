@@ -70,6 +70,11 @@ def test_many_workers_keep_to_one_total(folder: RunFolder) -> None:
     assert len({row["params"]["train.learning_rate"] for row in rows}) == 12
 
 
+def test_trials_under_way_are_taken(folder: RunFolder) -> None:
+    study = Study(folder, settings())
+    assert [study.claim() is None for _ in range(5)] == [False] * 4 + [True]
+
+
 def test_a_trial_of_a_dead_process_is_tried_again_and_does_not_count(folder: RunFolder) -> None:
     in_a_process(claim_one, folder.path.parent)
     study = Study(folder, settings())
