@@ -11,31 +11,35 @@ from hestctl.data.prompts import Encoded
 from hestctl.energy.table import EnergyTable
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.runs import heeding
 from hestctl.settings import Settings
 from hestctl.training.loop import Trainer
 from hestctl.training.ranks import Ranks
+from hestctl.workflows.blocks import training_blocks
 from hestctl.workflows.metering import open_meter
 from hestctl.workflows.setup import load_data, new_tuner
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the first rank tells the others before training."""
+    """What the first rank tells the others before training; ``prompts`` are tokens of the reference's."""
 
     table: EnergyTable
     budget: Budget | None
+    known: Sensitivities | None
+    prompts: list[int]
 
 
 def trainer_for(
     s: Settings, backbone: Backbone, tuner: Tuner, rows: Sequence[Encoded], given: Inputs, ranks: Ranks
 ) -> Trainer:
-    """The same trainer on every rank."""
+    """The same trainer on every rank. Raises HestError, on every rank, as ``training_blocks`` does."""
     multiplier = None
     if given.budget is not None:
         multiplier = Multiplier(s.budget.lambda0, s.budget.alpha, s.budget.dual)
-    return Trainer(
+    trainer = Trainer(
         backbone,
         tuner,
         rows,
@@ -45,6 +49,17 @@ def trainer_for(
         multiplier=multiplier,
         ranks=ranks,
     )
+    trainer.blocks = training_blocks(
+        s,
+        backbone,
+        tuner,
+        given.table,
+        given.budget,
+        given.known,
+        prompts=given.prompts,
+        total_steps=trainer.total_steps,
+    )
+    return trainer
 
 
 def identity(settings: Settings, splits: Splits, backbone: Backbone) -> dict[str, str]:
@@ -73,7 +88,7 @@ def follow(settings: Settings, ranks: Ranks, progress: Progress) -> None:
             ranks.meet(meter, identity(settings, splits, backbone))
             given: Inputs = ranks.told(None)
             begin = meter.edge()
-            tuner = new_tuner(settings.method, backbone, given.table.states, settings.train.seed)
+            tuner = new_tuner(settings, backbone, given.table.states, settings.train.seed)
             trainer = trainer_for(settings, backbone, tuner, rows, given, ranks)
             trainer.restore(*ranks.told(None))
             steps = trainer.steps()

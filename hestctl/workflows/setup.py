@@ -22,7 +22,7 @@ from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
 from hestctl.records import FULL, INT8, Run
 from hestctl.runs import Recorder, new_run_id, versions
-from hestctl.settings import MethodSettings, Settings
+from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.folder import now
 from hestctl.store.store import Store
@@ -202,15 +202,28 @@ def _reference(run: Run) -> Reference:
     )
 
 
-def new_tuner(settings: MethodSettings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
+def decides_blocks(settings: Settings) -> bool:
+    """Whether a budget decides the states of the backbone's blocks: scope network, where no setting does."""
+    backbone, method = settings.backbone, settings.method
+    free = backbone.precision == "full" and backbone.skip_last == 0
+    return free and method.scope == "network" and METHODS[method.name].budgeted
+
+
+def learns_blocks(settings: Settings) -> bool:
+    """Whether training learns them, and does not take them from the sensitivities alone."""
+    return decides_blocks(settings) and settings.method.layers == "learned"
+
+
+def new_tuner(settings: Settings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
     """An untrained tuner for this backbone, on its device."""
     tuner = build_tuner(
-        settings,
+        settings.method,
         backbone.model,
         layers=backbone.num_layers,
         hidden=backbone.hidden_size,
         states=states,
         seed=seed,
+        learns_blocks=learns_blocks(settings),
     )
     if tuner.spectral is not None:
         tuner.spectral.to(backbone.device)

@@ -19,6 +19,7 @@ from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.records import Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
@@ -36,7 +37,8 @@ from hestctl.training.checkpoint import (
 )
 from hestctl.training.loop import Trainer
 from hestctl.training.ranks import JointMeter, RankFailed, Ranks
-from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
+from hestctl.workflows.blocks import deciding, sensitivities_of
+from hestctl.workflows.engines import chosen_engine, in_blocks, record_engine, with_kernels
 from hestctl.workflows.follow import Inputs, identity, trainer_for
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
@@ -45,6 +47,7 @@ from hestctl.workflows.setup import (
     Data,
     budget_of,
     check_reference,
+    decides_blocks,
     describe,
     harden_into,
     load_data,
@@ -158,23 +161,32 @@ class _Work:
                 s, self.store, self.recorder, backbone, self.data, table, self.progress, self.resumed
             )
         self.recorder.commit()  # what a resumed run keeps must be there before the first checkpoint
-        tuner = new_tuner(s.method, self.backbone, table.states, s.train.seed)
+        known = None
+        if decides_blocks(s):
+            known = sensitivities_of(s, backbone, self.data.splits, self.store, self.recorder, self.progress)
+        tuner = new_tuner(s, self.backbone, table.states, s.train.seed)
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
         run.adapter_parameters = counts.adapter
         if METHODS[s.method.name].trained:
-            self._train(tuner, table, budget)
+            self._train(tuner, table, budget, known)
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
-        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
-        tuner.finish()
+        blocks = deciding(s, backbone, tuner, known)
+        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress, blocks)
+        states = blocks.fixed if plan is None else plan.blocks
         kind = with_kernels(self.engine, table)
+        kind = in_blocks(kind, self.store, backbone, tuner, states, write=True)
+        tuner.finish()
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)
 
-    def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
+    def _train(
+        self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
+    ) -> None:
         s, run, ranks = self.settings, self.recorder.run, self.ranks
-        given = ranks.told(Inputs(table, budget))
+        prompts = [len(row.prompt_ids) for row in self.data.validation]
+        given = ranks.told(Inputs(table, budget, known, prompts))
         trainer = trainer_for(s, self.backbone, tuner, self.data.train, given, ranks)
         best = Best(patience=s.train.patience)
         meter = JointMeter(self.meter, ranks)
@@ -297,7 +309,8 @@ class _Work:
     def _validate(self, trainer: Trainer, best: Best, account: Account) -> None:
         """Answer likelihood (and ROUGE where asked for) of the validation split, by the hard gates."""
         rows, model = self.data.validation, self.backbone.model
-        generator = Generator(self.backbone, trainer.tuner.spectral, None)
+        blocks = None if trainer.blocks is None else trainer.blocks.decided()
+        generator = Generator(self.backbone, trainer.tuner.spectral, None, blocks)
         training = model.training
         model.train(False)
         nll = tokens = 0.0
