@@ -248,9 +248,16 @@ class ProfileSettings(_Section):
 
 
 class SearchSettings(_Section):
-    """The Optuna search: ranges are ``[low, high]``, choices are lists."""
+    """The Optuna search: ranges are ``[low, high]``, choices are lists.
+
+    ``trials`` are counted over all workers, ``workers`` is how many processes of this machine try them.
+    ``joules`` auto takes the meter's where one measures and a single process works, else those that the
+    energy table predicts; only a search by predicted joules can be joined.
+    """
 
     trials: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=1, le=256)
+    joules: Literal["auto", "predicted"] = "auto"
     timeout_min: float = Field(default=360.0, gt=0)
     learning_rate: Range = (1e-5, 5e-4)
     controller_width: Choices = (16, 32, 64)

@@ -199,7 +199,8 @@ class Generator:
         """The adapters of a batch of these prompts; ``beams`` None where they are scored, not continued."""
         if self.adapters is None:
             return None
-        ledger = None
+        ledger, fixed = None, {}
         if self.plan is not None:
             ledger = self.plan.ledger(mask_QT.sum(1).tolist(), new_tokens, beams, mask_QT.device)
-        return HardPass(self.adapters, mask_QT.repeat_interleave(beams or 1, 0), len(mask_QT), ledger)
+            fixed = self.plan.fixed_states(mask_QT.device)
+        return HardPass(self.adapters, mask_QT.repeat_interleave(beams or 1, 0), len(mask_QT), ledger, fixed)

@@ -16,13 +16,15 @@ from hestctl.energy.meter import Meter
 from hestctl.energy.model import EnergyModel, PhaseJoules
 from hestctl.energy.protocol import Unavailable
 from hestctl.energy.shares import Share, share_batch
+from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generated
 from hestctl.generation.engines import Engine
 from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped, within_memory
 from hestctl.generation.native import NativeGenerator
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
+from hestctl.hardening.plan import Plan
 from hestctl.progress import Progress
-from hestctl.records import STATES, LayerUse, Sample, Window
+from hestctl.records import STATES, BlockStates, LayerUse, Sample, Window
 from hestctl.settings import GenerationSettings
 
 
@@ -57,12 +59,15 @@ def evaluate(
     (profile on synthetic prompts has no reference); ``forced_length`` generates exactly
     ``settings.new_tokens``. The engine warms up before the meter. ``model`` tells prefill and decode apart,
     and predicts; ``precision`` repeats each batch until the meter's bound on
-    its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token.
+    its joules is so narrow. Raises HestError when two labels cannot be told apart by their first token, and
+    before anything is generated where a batch cannot be within its plan.
     """
     names: dict[int, str] = {}
     if labels:
         names = first_token_of_labels(label_answers(labels, generator.backbone.tokenizer))
     run = _runner(generator, settings, names, forced_length)
+    if generator.plan is not None:
+        _check_plan(generator.plan, generator.blocks, rows, settings, labels=bool(names))
     with within_memory(rows, settings.batch_size):
         # Compilation, capture and lazy initialisation are nobody's joules.
         if names:
@@ -100,6 +105,23 @@ def evaluate(
     if score:
         samples = _with_likelihood(generator, rows, samples, settings.batch_size, progress, check)
     return Evaluation(samples, [batch.window for batch in batches], texts, _layer_use(batches))
+
+
+def _check_plan(
+    plan: Plan, blocks: BlockStates, rows: Sequence[Encoded], settings: GenerationSettings, *, labels: bool
+) -> None:
+    """What a plan refuses should not wait for its batch. Raises HestError: usage, or exit 5."""
+    if plan.scope == "network" and blocks != plan.blocks:
+        raise HestError(
+            "the engine runs the backbone's blocks in other states than the plan counts joules of",
+            "leave out --backbone-precision and --skip-last, or harden again with them",
+            Exit.USAGE,
+        )
+    beams, asked = (None, 1) if labels else (settings.num_beams, settings.new_tokens)
+    for start in range(0, len(rows), settings.batch_size):
+        part = rows[start : start + settings.batch_size]
+        prompts = [len(row.prompt_ids) for row in part]
+        plan.max_new_tokens_for(prompts, beams, asked, [row.sample_id for row in part])
 
 
 def _runner(

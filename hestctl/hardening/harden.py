@@ -15,6 +15,7 @@ from hestctl.budget import Bill, Budget
 from hestctl.data.prompts import Encoded, train_batch
 from hestctl.energy.model import Terms
 from hestctl.energy.table import EnergyTable
+from hestctl.hardening.fold import fold
 from hestctl.hardening.network import Blocks, settle
 from hestctl.hardening.plan import PLAN_VERSION, Energies, Plan
 from hestctl.hardening.repair import Lengths
@@ -124,8 +125,8 @@ def harden(
         plan = _repair(adapters.gate, looks, plan, lengths)
         if plan.shift:
             looks = look(plan.blocks)
-    bill = plan.bill(plan.batch_size, plan.num_beams)
-    hardened = [_base_j(bill.base, x, plan, lengths) + _under_ledger(x, plan) for x in looks]
+        plan, looks = _fold(adapters.gate, looks, plan, lengths)
+    hardened = _hardened_j(looks, plan, lengths)
     energies = Energies(expected_j, decided_j, _mean(hardened), max(hardened), len(looks))
     if budget is not None:
         emax = [_emax_j(x, plan, lengths) for x in looks]
@@ -226,6 +227,20 @@ def _repair(gate: OrdinalGate, looks: list[_Look], plan: Plan, lengths: Lengths)
     return best
 
 
+def _fold(gate: OrdinalGate, looks: list[_Look], plan: Plan, lengths: Lengths) -> tuple[Plan, list[_Look]]:
+    """Fix the directions that no token moves, unless what that opens is more than E_max allows."""
+    before = gate.threshold.detach().clone()
+    fixed = fold(gate, torch.cat([look.state_LTR for look in looks], 1))
+    scored = [(look, look.score_LT) for look in looks if look.score_LT is not None]
+    folded = [replace(look, state_LTR=_decide(gate, score, 0.0)) for look, score in scored]
+    tried = replace(plan, fixed=fixed)
+    if _mean(_hardened_j(folded, tried, lengths)) > _mean(_emax_j(look, plan, lengths) for look in looks):
+        with torch.no_grad():
+            gate.threshold.copy_(before)
+        return plan, looks
+    return tried, folded
+
+
 @torch.inference_mode()
 def _decide(gate: OrdinalGate, score_LT: Tensor, shift: float) -> Tensor:
     """States (L, T, R) that the gate would take with all thresholds shifted."""
@@ -233,6 +248,12 @@ def _decide(gate: OrdinalGate, score_LT: Tensor, shift: float) -> Tensor:
         score_LT.to(gate.threshold.device), (gate.threshold + shift)[:, None], gate.gap[:, None]
     )
     return logits.argmax(-1).cpu()
+
+
+def _hardened_j(looks: Sequence[_Look], plan: Plan, lengths: Lengths) -> list[float]:
+    """Joules of each sample's whole generation in the plan's scope, under the ledger."""
+    base = plan.bill(plan.batch_size, plan.num_beams).base
+    return [_base_j(base, look, plan, lengths) + _under_ledger(look, plan) for look in looks]
 
 
 def _under_ledger(look: _Look, plan: Plan) -> float:

@@ -160,7 +160,7 @@ class Plan:
         return Ledger(income_LQ.to(device), order_LR, self.tariff, uses_int8=self.uses_int8)
 
     def max_new_tokens_for(
-        self, prompt_tokens: Sequence[int], num_beams: int, asked: int, names: Sequence[str] = ()
+        self, prompt_tokens: Sequence[int], num_beams: int | None, asked: int, names: Sequence[str] = ()
     ) -> int:
         """The most new tokens, ``asked`` at most, at which a batch is within E_max wherever it stops.
 
@@ -185,6 +185,14 @@ class Plan:
                 Exit.OVER_BUDGET,
             )
         return most
+
+    def fixed_states(self, device: torch.device) -> dict[int, Tensor]:
+        """The states (R,) of every layer whose directions no token moves."""
+        return {
+            layer: torch.tensor(states, device=device)
+            for layer, states in enumerate(self.fixed or ())
+            if states is not None
+        }
 
     def joules(self, counts: Tensor) -> float:
         """Joules of logged state counts (..., S), by the energy table."""

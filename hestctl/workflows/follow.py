@@ -24,18 +24,18 @@ from hestctl.workflows.setup import load_data, new_tuner
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What the first rank tells the others before training; ``prompts`` are tokens of the reference's."""
+    """What the first rank tells the others before training; ``prompts`` are the reference's tokens."""
 
     table: EnergyTable
     budget: Budget | None
-    known: Sensitivities | None
+    sensitivities: Sensitivities | None
     prompts: list[int]
 
 
 def trainer_for(
     s: Settings, backbone: Backbone, tuner: Tuner, rows: Sequence[Encoded], given: Inputs, ranks: Ranks
 ) -> Trainer:
-    """The same trainer on every rank. Raises HestError, on every rank, as ``training_blocks`` does."""
+    """The same trainer on every rank."""
     multiplier = None
     if given.budget is not None:
         multiplier = Multiplier(s.budget.lambda0, s.budget.alpha, s.budget.dual)
@@ -55,7 +55,7 @@ def trainer_for(
         tuner,
         given.table,
         given.budget,
-        given.known,
+        given.sensitivities,
         prompts=given.prompts,
         total_steps=trainer.total_steps,
     )

@@ -18,7 +18,9 @@ from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
+from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import METHODS, Tuner, build_tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.records import FULL, INT8, Run
 from hestctl.runs import Recorder, new_run_id, versions
@@ -325,6 +327,16 @@ def _new_budget(
     )
 
 
+def blocks_of(
+    settings: Settings, backbone: Backbone, tuner: Tuner, sensitivities: Sensitivities | None = None
+) -> Blocks:
+    """What decides the states of the backbone's blocks: settings that fix them, else the tuner's gate."""
+    fixed, spectral, logits = settings.backbone.blocks(backbone.num_layers), tuner.spectral, None
+    if spectral is not None and isinstance(spectral.gate, OrdinalGate) and spectral.gate.blocks is not None:
+        logits = spectral.gate.block_logits().detach().cpu() if fixed.all_full else None
+    return Blocks(fixed, logits, sensitivities, settings.budget.spend)
+
+
 def harden_into(
     recorder: Recorder,
     settings: Settings,
@@ -339,7 +351,7 @@ def harden_into(
     """Harden what was trained, and put plan, certificate and hardened tensors into the run.
 
     A method without directions has no plan; LoRA's tensors are kept as they are. ``blocks`` is what decides
-    the states of the backbone's blocks, None for all full.
+    the states of the backbone's blocks, None for those that the settings fix, or the gate's own.
     """
     plan = None
     if tuner.spectral is not None:
@@ -355,7 +367,7 @@ def harden_into(
             budget=budget,
             margin=settings.budget.margin,
             generation=settings.generation,
-            blocks=blocks,
+            blocks=blocks or blocks_of(settings, backbone, tuner),
         )
         record_plan(plan, recorder, progress)
     if METHODS[settings.method.name].trained:

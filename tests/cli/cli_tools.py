@@ -88,7 +88,11 @@ def run_cli(folder: Path, *arguments: str, environment: dict[str, str] | None = 
 
 
 def run_child(
-    folder: Path, *arguments: str, first: Callable[..., None] | None = None, given: tuple[object, ...] = ()
+    folder: Path,
+    *arguments: str,
+    first: Callable[..., None] | None = None,
+    given: tuple[object, ...] = (),
+    limit_s: float = 60,
 ) -> Outcome:
     """The same in a process of its own, which calls ``first(*given)`` before the command."""
     context = multiprocessing.get_context("forkserver")
@@ -96,10 +100,10 @@ def run_child(
     context.set_forkserver_preload(["hestctl.cli.app", "hestctl.workflows.search"])
     process = context.Process(target=_child, args=(folder, arguments, first, given))
     process.start()
-    process.join(timeout=60)
+    process.join(timeout=limit_s)
     alive = process.exitcode is None
     process.kill()
-    assert not alive, f"still running after 60 s: {arguments}"
+    assert not alive, f"still running after {limit_s:g} s: {arguments}"
     said = [(folder / name).read_text() for name in ("child.out", "child.err")]
     for name in ("child.out", "child.err"):
         (folder / name).unlink()

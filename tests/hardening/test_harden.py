@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,13 @@ from hestctl.energy.model import Cost
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
+from hestctl.generation.native import NativeGenerator
 from hestctl.hardening.certificate import certificate
 from hestctl.hardening.harden import harden
 from hestctl.hardening.plan import Plan, read_plan
 from hestctl.model.methods import build_tuner
 from hestctl.model.spectral import applied, normalise
+from hestctl.records import FULL, INT8, OFF
 from hestctl.settings import GenerationSettings, MethodSettings
 
 NEW_TOKENS = 6
@@ -220,3 +223,25 @@ def test_an_int8_state_that_does_not_pay_is_dropped():
     assert table(int8=2e-6).states == (0, 2)
     assert "dropped" in table(int8=2e-6).verdict()
     assert EnergyTable.from_dict(json.loads(json.dumps(table().as_dict()))) == table()
+
+
+@pytest.mark.parametrize("kind", [Generator, NativeGenerator])
+def test_an_engine_does_not_ask_the_gates_of_a_fixed_layer(kind, backbone, samples, monkeypatch):
+    rows = samples(3)
+    tuner, plan = hardened(backbone, rows, 0.3)
+    constant = (FULL, OFF, INT8, OFF) * 4
+    gate, asked = tuner.spectral.gate, set()
+    with torch.no_grad():
+        # As the gate itself would decide: full, off, or int8 between two thresholds.
+        gate.threshold[0] = torch.tensor([-1e4, 1e4, -1e4, 1e4] * 4)
+        gate.gap[0] = torch.tensor([1.0, 1.0, 1e5, 1.0] * 4)
+    plan = replace(plan, fixed=(None, *[None] * (backbone.num_layers - 1)))
+    before = kind(backbone, tuner.spectral, plan).generate(rows, new_tokens=4, num_beams=1)
+    plan = replace(plan, fixed=(constant, *[None] * (backbone.num_layers - 1)))
+    real = gate.decide
+    monkeypatch.setattr(gate, "decide", lambda x, layer: asked.add(layer) or real(x, layer))
+    after = kind(backbone, tuner.spectral, plan).generate(rows, new_tokens=4, num_beams=1)
+    assert 0 not in asked
+    assert 1 in asked
+    assert after.new_ids == before.new_ids
+    assert torch.equal(after.counts_QLS, before.counts_QLS)

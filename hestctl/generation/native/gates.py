@@ -84,6 +84,7 @@ class Gates:
         self._real_W = torch.ones(requests * beams, dtype=torch.bool, device=device)
         self._states_S = torch.arange(3, device=device)
         self._step_LWR: list[Tensor] = []
+        self._fixed = {} if plan is None else plan.fixed_states(device)
         self._ledger = None if plan is None else plan.ledger([1] * requests, 0, None, device)
         counts_LQS = torch.zeros(layers, requests, 3, dtype=torch.int64, device=device)
         self.counts_QLS = counts_LQS.transpose(0, 1)
@@ -111,7 +112,7 @@ class Gates:
         """A layer's output over all prompts, with its directions added to the real tokens."""
         real_M = self._prompts.real_R
         x_MD = normalise(hidden_ND if real_M is None else hidden_ND[real_M])
-        state_MR = self._directions.gate.decide(x_MD[None], layer)[0]
+        state_MR = self._decide(x_MD[None], layer)[0]
         if self._ledger is not None:
             state_MR = self._allowed(layer, state_MR)
         used_MS = (state_MR[..., None] == self._states_S).sum(1)
@@ -130,7 +131,7 @@ class Gates:
         if self._fused is not None:
             return self._fused.steps[layer](hidden_WD, self._real_W)
         x_WD, real_W1 = normalise(hidden_WD), self._real_W[:, None]
-        state_W1R = self._directions.gate.decide(x_WD[:, None], layer) * real_W1[..., None]
+        state_W1R = self._decide(x_WD[:, None], layer) * real_W1[..., None]
         if self._ledger is not None:
             state_W1R = self._ledger.allow(layer, state_W1R, real_W1)
         state_WR = state_W1R[:, 0]
@@ -146,6 +147,11 @@ class Gates:
         used_LWRS = (state_LWR[..., None] == self._states_S) * self._real_W[:, None, None]
         layers, requests = len(state_LWR), len(self.counts_QLS)
         self.counts_QLS += used_LWRS.view(layers, requests, -1, 3).sum(2).transpose(0, 1)
+
+    def _decide(self, x_BTD: Tensor, layer: int) -> Tensor:
+        if layer in self._fixed:
+            return self._fixed[layer].expand(*x_BTD.shape[:2], -1)
+        return self._directions.gate.decide(x_BTD, layer)
 
     def _allowed(self, layer: int, state_MR: Tensor) -> Tensor:
         assert self._ledger is not None
