@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
-from hestctl.hardening.plan import read_plan
+from hestctl.hardening.artefact import read_codes
+from hestctl.hardening.plan import Plan, read_plan
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
 from hestctl.model.methods import METHODS
@@ -18,7 +20,7 @@ from hestctl.settings import MethodSettings, Settings
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors
-from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
+from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, int8_folder, new_tuner
 
 
 def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
@@ -35,6 +37,17 @@ def with_kernels(kind: EngineKind, table: EnergyTable | None) -> EngineKind:
     if table is None or table.kernels is None:
         return kind
     return replace(kind, choices=Choices.from_dict(table.kernels))
+
+
+def in_plan(kind: EngineKind, plan: Plan | None, backbone: Backbone, root: Path) -> EngineKind:
+    """The engine with its blocks as a plan in scope network has them, their int8 codes from ``root``.
+
+    Raises HestError where the codes are missing or damaged, or (usage) where the engine is transformers'.
+    """
+    if plan is None or plan.scope == "adapter":
+        return kind
+    codes = read_codes(int8_folder(root, backbone), backbone, plan.blocks)
+    return kind.running(plan.blocks, codes)
 
 
 def record_engine(run: Run, kind: EngineKind, engine: Engine) -> None:
@@ -71,4 +84,4 @@ def load_hardened(
     if METHODS[settings.name].trained:
         tuner.load(load_tensors(folder / HARDENED_FILE))
     tuner.finish()
-    return kind.make(backbone, tuner.spectral, plan)
+    return in_plan(kind, plan, backbone, store.root).make(backbone, tuner.spectral, plan)

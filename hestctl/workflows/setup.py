@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
 from hestctl.data.articles import Splits, load_splits
@@ -13,6 +14,7 @@ from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
 from hestctl.generation.native import NativeGenerator
+from hestctl.hardening.artefact import write_codes
 from hestctl.hardening.certificate import certificate, worst
 from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
@@ -312,6 +314,11 @@ def _new_budget(
     )
 
 
+def int8_folder(root: Path, backbone: Backbone) -> Path:
+    """Where the int8 codes of a backbone stand, beside the run folders in ``root`` and for all of them."""
+    return root / f"int8-{backbone.fingerprint[:16]}"
+
+
 def harden_into(
     recorder: Recorder,
     settings: Settings,
@@ -344,6 +351,8 @@ def harden_into(
             generation=settings.generation,
             blocks=blocks,
         )
+        if plan.scope == "network":
+            write_codes(int8_folder(recorder.folder.path.parent, backbone), backbone, plan.blocks)
         record_plan(plan, recorder, progress)
     if METHODS[settings.method.name].trained:
         metadata = {"plan": "" if plan is None else plan.run_id}

@@ -35,7 +35,7 @@ from hestctl.training.checkpoint import (
     save_tensors,
 )
 from hestctl.training.loop import Trainer
-from hestctl.workflows.engines import chosen_engine, record_engine, with_kernels
+from hestctl.workflows.engines import chosen_engine, in_plan, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
@@ -154,7 +154,7 @@ class _Work:
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
         tuner.finish()
-        kind = with_kernels(self.engine, table)
+        kind = in_plan(with_kernels(self.engine, table), plan, backbone, self.store.root)
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)
