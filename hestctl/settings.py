@@ -132,7 +132,7 @@ class MethodSettings(_Section):
     """
 
     name: MethodName = "hest"
-    scope: Scope = "adapter"
+    scope: Scope = "network"
     layers: Literal["learned", "greedy"] = "learned"
     rank: int = Field(default=16, ge=1, le=256)
     controller_width: int = Field(default=32, ge=1, le=1024)
@@ -150,7 +150,8 @@ class BudgetSettings(_Section):
     number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
     joules given outright. In scope network the budget tightens from all that the backbone spends to E_max
     over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them
-    from there on. ``spend`` useful leaves joules unspent that buy no likelihood.
+    from there on. ``spend`` useful leaves joules unspent that buy no likelihood. Where blocks start is their
+    ``sensitivity``, over so many training samples: by one backward pass each, or exactly, block after block.
     """
 
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
@@ -162,6 +163,8 @@ class BudgetSettings(_Section):
     margin: float = Field(default=0.01, ge=0, lt=0.5)
     envelope: Literal["auto", "matched", "absolute"] = "auto"
     spend: Literal["useful", "all"] = "useful"
+    sensitivity: Literal["gradient", "exact"] = "gradient"
+    sensitivity_samples: int = Field(default=8, ge=2)
     tighten: float = Field(default=0.25, ge=0, le=1)
     settle: float = Field(default=0.5, ge=0, le=1)
 

@@ -86,8 +86,8 @@ class EngineKind:
             backbone, adapters, plan, blocks=self.blocks, choices=self.choices, codes=self.codes
         )
 
-    def running(self, blocks: BlockStates | None, codes: Codes | None = None) -> EngineKind:
-        """This engine with its blocks in these states.
+    def running(self, blocks: BlockStates | None) -> EngineKind:
+        """This engine with its blocks in these states, whose int8 codes are made anew.
 
         Raises HestError (usage) for transformers' unless all are in full: it would save nothing by them.
         """
@@ -98,7 +98,7 @@ class EngineKind:
                 "scope network",
                 Exit.USAGE,
             )
-        return replace(self, blocks=blocks, codes=codes)
+        return replace(self, blocks=blocks, codes=None)
 
     def told(self, engine: Engine) -> dict[str, Any]:
         """What was chosen, and why, for the record of a run that ``engine`` generates for."""

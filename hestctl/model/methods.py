@@ -105,12 +105,19 @@ def _part(name: str, method: Method) -> str:
 
 
 def build_tuner(
-    settings: MethodSettings, model: Any, *, layers: int, hidden: int, states: Iterable[int], seed: int
+    settings: MethodSettings,
+    model: Any,
+    *,
+    layers: int,
+    hidden: int,
+    states: Iterable[int],
+    seed: int,
+    learns_blocks: bool = False,
 ) -> Tuner:
     """A fresh tuner for ``settings.name``.
 
     ``states`` are the states worth offering by the energy table; ``model`` is the backbone's
-    transformers model, which LoRA changes in place.
+    transformers model, which LoRA changes in place. ``learns_blocks`` gives an ordinal gate the blocks'.
     """
     method = METHODS[settings.name]
     generator = torch.Generator().manual_seed(seed)
@@ -119,7 +126,7 @@ def build_tuner(
     if method.gate is None:
         return Tuner(method)
     offered = (OFF, FULL) if settings.precision == "fp16-only" else tuple(states)
-    gate = build_gate(settings, method, layers, hidden, offered, generator)
+    gate = build_gate(settings, method, layers, hidden, offered, generator, learns_blocks=learns_blocks)
     spectral = SpectralAdapters(
         layers,
         hidden,
@@ -138,22 +145,18 @@ def build_gate(
     hidden: int,
     offered: tuple[int, ...],
     generator: torch.Generator,
+    *,
+    learns_blocks: bool = False,
 ) -> Gate:
-    """The gate of a spectral method, with its controller."""
+    """The gate of a spectral method, with its controller, and that of whole blocks where they are learned."""
     if method.gate == "linear":
         return LinearGate(layers, hidden, settings.rank, generator)
     if method.gate == "static":
         return StaticGate(layers, settings.rank)
     kind = FactorisedController if settings.controller == "factorised" else UnfactorisedController
     controller = kind(layers, hidden, settings.controller_width, generator)
-    blocks = BlockGate(layers) if chooses_blocks(settings) else None
+    blocks = BlockGate(layers) if learns_blocks else None
     return OrdinalGate(controller, layers, settings.rank, tau=settings.tau, states=offered, blocks=blocks)
-
-
-def chooses_blocks(settings: MethodSettings) -> bool:
-    """Whether training learns the states of the layers' blocks."""
-    learns = settings.scope == "network" and settings.layers == "learned"
-    return learns and METHODS[settings.name].gate == "ordinal"
 
 
 def _lora(settings: MethodSettings, model: Any, seed: int) -> Any:

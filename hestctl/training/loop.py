@@ -98,13 +98,14 @@ class Trainer:
             return hidden
 
         with torch.no_grad():
-            with applied(self.backbone.layers, look), self._precision():
+            fixed = None if self.blocks is None else self.blocks.fixed
+            with self._blocks_run(fixed), applied(self.backbone.layers, look), self._precision():
                 last_hidden(self.backbone, batch)
             score_LN = torch.stack(seen).float()
             gate.spread_over(score_LN.mean(1), score_LN.std(1))
-            if self.blocks is not None:
+            if self.blocks is not None and self.blocks.learning:
                 self.blocks.start(batch.prompt_tokens.tolist(), self._new_tokens)
-            elif self.budget is not None:
+            if self.budget is not None and self.budget.scope == "adapter":
                 share = self._budget_share(batch)
                 gate.threshold.add_(_shift_to(gate, score_LN, share, self._costs_j))
 

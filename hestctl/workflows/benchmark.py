@@ -27,6 +27,7 @@ from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings, with_values
 from hestctl.store import queries
 from hestctl.store.store import Store
+from hestctl.workflows.blocks import deciding
 from hestctl.workflows.engines import load_hardened, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter, stored_table
 from hestctl.workflows.profile import fits, grid, prompts_of
@@ -185,7 +186,7 @@ class _Bench:
         self, variants: Sequence[Variant], prompts: list[Encoded], batch_size: int, num_beams: int
     ) -> list[Row]:
         """All variants on these prompts, repetition by repetition."""
-        engines = {v.text: self._engine(v, prompts, num_beams) for v in variants}
+        engines = {v.text: self._engine(v, prompts, batch_size, num_beams) for v in variants}
         seen = {v.text: _Seen() for v in variants}
         for variant in variants:
             record_engine(self.recorders[variant.text].run, *engines[variant.text])
@@ -262,7 +263,9 @@ class _Bench:
         for recorder in self.recorders.values():
             recorder.check()
 
-    def _engine(self, variant: Variant, prompts: list[Encoded], num_beams: int) -> tuple[EngineKind, Engine]:
+    def _engine(
+        self, variant: Variant, prompts: list[Encoded], batch_size: int, num_beams: int
+    ) -> tuple[EngineKind, Engine]:
         s, backbone = variant.settings, self.backbone
         if variant.text not in self.kinds:
             self.kinds[variant.text] = with_kernels(
@@ -281,15 +284,15 @@ class _Bench:
             f"{variant.text}: adapters as initialised"
             + (", hardened for each length" if METHODS[variant.method].budgeted else "")
         )
-        return kind, self._untrained(variant, kind, prompts, num_beams)
+        return kind, self._untrained(variant, kind, prompts, batch_size, num_beams)
 
     def _untrained(
-        self, variant: Variant, kind: EngineKind, prompts: list[Encoded], num_beams: int
+        self, variant: Variant, kind: EngineKind, prompts: list[Encoded], batch_size: int, num_beams: int
     ) -> Engine:
         s, backbone = variant.settings, self.backbone
         recorder = self.recorders[variant.text]
-        table = self._table(variant)
-        tuner = new_tuner(s.method, backbone, table.states, s.train.seed)
+        table = self._table(variant, batch_size, num_beams)
+        tuner = new_tuner(s, backbone, table.states, s.train.seed)
         assert tuner.spectral is not None
         budget = None
         if METHODS[variant.method].budgeted:
@@ -303,6 +306,10 @@ class _Bench:
                 prompt_tokens=len(prompts[0].prompt_ids),
                 max_new_tokens=new_tokens,
                 num_beams=num_beams,
+                scope=s.method.scope,
+                envelope=s.budget.envelope,
+                batch_size=batch_size,
+                model=table.model,
             )
         plan = harden(
             backbone,
@@ -310,11 +317,16 @@ class _Bench:
             prompts[:2],
             run_id=recorder.run.run_id,
             method=variant.method,
+            scope=s.method.scope,
             table=table,
             budget=budget,
             margin=s.budget.margin,
-            generation=GenerationSettings(new_tokens=s.profile.new_tokens, num_beams=num_beams),
+            generation=GenerationSettings(
+                new_tokens=s.profile.new_tokens, num_beams=num_beams, batch_size=batch_size
+            ),
+            blocks=deciding(s, backbone, tuner, None),
         )
+        kind = replace(kind, blocks=plan.blocks)
         return kind.make(backbone, tuner.spectral, plan)
 
     def _hardened(self, method: str) -> Run | None:
@@ -328,10 +340,14 @@ class _Bench:
                 return run
         return None
 
-    def _table(self, variant: Variant) -> EnergyTable:
-        """One table an engine: other prices at every point would be other plans."""
+    def _table(self, variant: Variant, batch_size: int, num_beams: int) -> EnergyTable:
+        """One table an engine: other prices for another variant would be other plans."""
         s, recorder = variant.settings, self.recorders[variant.text]
         key = recorder.run.engine or ""
+        if s.method.scope == "network":
+            # Whole generations are billed by batch and beams.
+            values = {"generation.batch_size": batch_size, "generation.num_beams": num_beams}
+            s, key = with_values(s, values), f"{key} {batch_size} x {num_beams}"
         if key not in self.tables:
             self.tables[key] = energy_table(s, self.backbone, self.meter, self.store, recorder, self.progress)
         recorder.run.calibration_id = self.tables[key].calibration_id

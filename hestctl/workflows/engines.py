@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
-from hestctl.hardening.artefact import read_codes
-from hestctl.hardening.plan import Plan, read_plan
+from hestctl.hardening.artefact import read_codes, write_codes
+from hestctl.hardening.plan import read_plan
 from hestctl.kernels.choose import Choices
 from hestctl.model.backbone import Backbone
-from hestctl.model.methods import METHODS
+from hestctl.model.methods import METHODS, Tuner
 from hestctl.progress import Progress
-from hestctl.records import Run
-from hestctl.settings import MethodSettings, Settings
+from hestctl.records import BlockStates, Run
+from hestctl.settings import Settings, from_document
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors
-from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, int8_folder, new_tuner
+from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
 
 
 def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
@@ -39,15 +38,30 @@ def with_kernels(kind: EngineKind, table: EnergyTable | None) -> EngineKind:
     return replace(kind, choices=Choices.from_dict(table.kernels))
 
 
-def in_plan(kind: EngineKind, plan: Plan | None, backbone: Backbone, root: Path) -> EngineKind:
-    """The engine with its blocks as a plan in scope network has them, their int8 codes from ``root``.
+def in_blocks(
+    kind: EngineKind,
+    store: Store,
+    backbone: Backbone,
+    tuner: Tuner,
+    blocks: BlockStates,
+    *,
+    write: bool = False,
+) -> EngineKind:
+    """The engine with the blocks in these states, int8 codes from the store's folder.
 
-    Raises HestError where the codes are missing or damaged, or (usage) where the engine is transformers'.
+    The codes are written there first where ``write``. They are the backbone's, so that all its plans share
+    them; LoRA makes other weights, whose codes are made when they are used. Raises HestError: usage where the
+    engine cannot run such blocks, else where codes are missing or damaged.
     """
-    if plan is None or plan.scope == "adapter":
+    if blocks.all_full:
         return kind
-    codes = read_codes(int8_folder(root, backbone), backbone, plan.blocks)
-    return kind.running(plan.blocks, codes)
+    kind = kind.running(blocks)
+    if blocks.uses_int8 and not tuner.method.lora:
+        folder = store.root / f"int8-{backbone.fingerprint[:16]}"
+        if write:
+            write_codes(folder, backbone, blocks)
+        kind = replace(kind, codes=read_codes(folder, backbone, blocks))
+    return kind
 
 
 def record_engine(run: Run, kind: EngineKind, engine: Engine) -> None:
@@ -69,7 +83,7 @@ def load_hardened(
     HestError when the files are missing or damaged, or were made for another backbone, device or table.
     """
     folder = RunFolder(store.root, run.run_id).path
-    settings = MethodSettings.model_validate(run.settings["method"])
+    settings = from_document(run.settings)
     if run.summary.get("fingerprint") != backbone.fingerprint:
         raise HestError(
             f"run {run.run_id} was trained on another backbone ({run.backbone}, not {backbone.name})",
@@ -81,7 +95,10 @@ def load_hardened(
         plan.check(backbone.fingerprint, device_name, None if table is None else table.key)
     states = (0, 1, 2) if plan is not None and plan.uses_int8 else (0, 2)
     tuner = new_tuner(settings, backbone, states, 0)
-    if METHODS[settings.name].trained:
+    if METHODS[settings.method.name].trained:
         tuner.load(load_tensors(folder / HARDENED_FILE))
+    # What the settings of this call fix holds: a benchmark runs a plan in whatever precision it is about.
+    if plan is not None and (kind.blocks is None or kind.blocks.all_full):
+        kind = in_blocks(kind, store, backbone, tuner, plan.blocks)
     tuner.finish()
-    return in_plan(kind, plan, backbone, store.root).make(backbone, tuner.spectral, plan)
+    return kind.make(backbone, tuner.spectral, plan)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from hestctl.budget import Budget
 from hestctl.errors import Exit, HestError
+from hestctl.generation.engines import engine_for
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import load_backbone
 from hestctl.model.methods import METHODS
@@ -17,11 +18,14 @@ from hestctl.store import queries
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors
+from hestctl.workflows.blocks import deciding, sensitivities_of
+from hestctl.workflows.engines import in_blocks
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     budget_of,
     check_reference,
+    decides_blocks,
     describe,
     harden_into,
     load_data,
@@ -61,13 +65,20 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
         check_reference(settings, store, row)
         with recording(store, row) as recorder:
             table = energy_table(settings, backbone, meter, store, recorder, progress)
-            tuner = new_tuner(settings.method, backbone, table.states, settings.train.seed)
+            tuner = new_tuner(settings, backbone, table.states, settings.train.seed)
             tuner.load(load_tensors(RunFolder(store.root, trained.run_id).path / ADAPTER_FILE))
             budget: Budget | None = None
             if method.budgeted:
                 budget = budget_of(settings, store, recorder, backbone, data, table, progress)
-            plan = harden_into(recorder, settings, backbone, tuner, data, table, budget, progress)
+            known = None
+            if decides_blocks(settings):
+                known = sensitivities_of(settings, backbone, splits, store, recorder, progress)
+            blocks = deciding(settings, backbone, tuner, known)
+            plan = harden_into(recorder, settings, backbone, tuner, data, table, budget, progress, blocks)
             assert plan is not None
+            if plan.blocks.uses_int8:
+                kind = engine_for(backbone, settings.generation.engine, None)
+                in_blocks(kind, store, backbone, tuner, plan.blocks, write=True)
     return Hardened(recorder.run, plan)
 
 

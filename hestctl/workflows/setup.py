@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 
 from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
 from hestctl.data.articles import Splits, load_splits
@@ -14,7 +13,6 @@ from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
 from hestctl.generation.native import NativeGenerator
-from hestctl.hardening.artefact import write_codes
 from hestctl.hardening.certificate import certificate, worst
 from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
@@ -24,7 +22,7 @@ from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
 from hestctl.records import FULL, INT8, Run
 from hestctl.runs import Recorder, new_run_id, versions
-from hestctl.settings import MethodSettings, Settings
+from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.folder import now
 from hestctl.store.store import Store
@@ -204,15 +202,28 @@ def _reference(run: Run) -> Reference:
     )
 
 
-def new_tuner(settings: MethodSettings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
+def decides_blocks(settings: Settings) -> bool:
+    """Whether a budget decides the states of the backbone's blocks: scope network, where no setting does."""
+    backbone, method = settings.backbone, settings.method
+    free = backbone.precision == "full" and backbone.skip_last == 0
+    return free and method.scope == "network" and METHODS[method.name].budgeted
+
+
+def learns_blocks(settings: Settings) -> bool:
+    """Whether training learns them, and does not take them from the sensitivities alone."""
+    return decides_blocks(settings) and settings.method.layers == "learned"
+
+
+def new_tuner(settings: Settings, backbone: Backbone, states: tuple[int, ...], seed: int) -> Tuner:
     """An untrained tuner for this backbone, on its device."""
     tuner = build_tuner(
-        settings,
+        settings.method,
         backbone.model,
         layers=backbone.num_layers,
         hidden=backbone.hidden_size,
         states=states,
         seed=seed,
+        learns_blocks=learns_blocks(settings),
     )
     if tuner.spectral is not None:
         tuner.spectral.to(backbone.device)
@@ -314,11 +325,6 @@ def _new_budget(
     )
 
 
-def int8_folder(root: Path, backbone: Backbone) -> Path:
-    """Where the int8 codes of a backbone stand, beside the run folders in ``root`` and for all of them."""
-    return root / f"int8-{backbone.fingerprint[:16]}"
-
-
 def harden_into(
     recorder: Recorder,
     settings: Settings,
@@ -351,8 +357,6 @@ def harden_into(
             generation=settings.generation,
             blocks=blocks,
         )
-        if plan.scope == "network":
-            write_codes(int8_folder(recorder.folder.path.parent, backbone), backbone, plan.blocks)
         record_plan(plan, recorder, progress)
     if METHODS[settings.method.name].trained:
         metadata = {"plan": "" if plan is None else plan.run_id}

@@ -19,6 +19,7 @@ from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.generation.quality import RougeScorer
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
+from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.records import Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
@@ -35,7 +36,8 @@ from hestctl.training.checkpoint import (
     save_tensors,
 )
 from hestctl.training.loop import Trainer
-from hestctl.workflows.engines import chosen_engine, in_plan, record_engine, with_kernels
+from hestctl.workflows.blocks import deciding, sensitivities_of, training_blocks
+from hestctl.workflows.engines import chosen_engine, in_blocks, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
@@ -43,6 +45,7 @@ from hestctl.workflows.setup import (
     Data,
     budget_of,
     check_reference,
+    decides_blocks,
     describe,
     harden_into,
     load_data,
@@ -145,21 +148,29 @@ class _Work:
                 s, self.store, self.recorder, backbone, self.data, table, self.progress, self.resumed
             )
         self.recorder.commit()  # what a resumed run keeps must be there before the first checkpoint
-        tuner = new_tuner(s.method, self.backbone, table.states, s.train.seed)
+        known = None
+        if decides_blocks(s):
+            known = sensitivities_of(s, backbone, self.data.splits, self.store, self.recorder, self.progress)
+        tuner = new_tuner(s, self.backbone, table.states, s.train.seed)
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
         run.adapter_parameters = counts.adapter
         if METHODS[s.method.name].trained:
-            self._train(tuner, table, budget)
+            self._train(tuner, table, budget, known)
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
-        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress)
+        blocks = deciding(s, backbone, tuner, known)
+        plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress, blocks)
+        states = blocks.fixed if plan is None else plan.blocks
+        kind = with_kernels(self.engine, table)
+        kind = in_blocks(kind, self.store, backbone, tuner, states, write=True)
         tuner.finish()
-        kind = in_plan(with_kernels(self.engine, table), plan, backbone, self.store.root)
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)
 
-    def _train(self, tuner: Tuner, table: EnergyTable, budget: Budget | None) -> None:
+    def _train(
+        self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
+    ) -> None:
         s, run = self.settings, self.recorder.run
         multiplier = None
         if budget is not None:
@@ -172,6 +183,16 @@ class _Work:
             costs_j=table.costs_j,
             budget=budget,
             multiplier=multiplier,
+        )
+        trainer.blocks = training_blocks(
+            s,
+            self.backbone,
+            tuner,
+            table,
+            budget,
+            known,
+            prompts=[len(row.prompt_ids) for row in self.data.validation],
+            total_steps=trainer.total_steps,
         )
         best = Best(patience=s.train.patience)
         account = Account(self.meter, self.recorder.folder.path / SPENT_FILE, s.train.max_energy_j)
@@ -273,7 +294,8 @@ class _Work:
     def _validate(self, trainer: Trainer, best: Best, account: Account) -> None:
         """Answer likelihood (and ROUGE where asked for) of the validation split, by the hard gates."""
         rows, model = self.data.validation, self.backbone.model
-        generator = Generator(self.backbone, trainer.tuner.spectral, None)
+        blocks = None if trainer.blocks is None else trainer.blocks.decided()
+        generator = Generator(self.backbone, trainer.tuner.spectral, None, blocks)
         training = model.training
         model.train(False)
         nll = tokens = 0.0
