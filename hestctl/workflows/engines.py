@@ -101,6 +101,4 @@ def load_hardened(
     if plan is not None and (kind.blocks is None or kind.blocks.all_full):
         kind = in_blocks(kind, store, backbone, tuner, plan.blocks)
     tuner.finish()
-    if plan is not None and plan.scope == "network":
-        kind = replace(kind, blocks=plan.blocks)
     return kind.make(backbone, tuner.spectral, plan)

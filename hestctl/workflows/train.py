@@ -361,6 +361,8 @@ class _Work:
         )
         # Repair mends a small excess, not a large one; before the first step the energy is not known.
         within = trainer.budget is None or (best.ratio is not None and best.ratio <= 1.2)
+        if trainer.blocks is not None and trainer.blocks.learning:
+            within = False  # the blocks that it would be judged by are not settled
         best.offer(trainer, nll / tokens if rouge is None else -rouge, within=within)
         account.book("evaluation")
 
