@@ -27,7 +27,8 @@ Kind = Literal["gradient", "exact", "uniform"]
 
 @dataclass(frozen=True, slots=True)
 class Sensitivities:
-    """Loss increases in nats per answer token, and their standard errors over the samples they come from.
+    """Loss increases in nats per answer token, and their standard errors over the samples they come from,
+    None where a single sample has none to give.
 
     ``gradient``: Taylor's terms. ``exact``: the loss itself, block after block. ``uniform``: nothing is
     known (random weights), every block counts alike. They hold for the weights of ``fingerprint`` alone.
@@ -38,13 +39,13 @@ class Sensitivities:
     data_hash: str
     samples: int
     off: Pairs
-    off_error: Pairs
+    off_error: Pairs | None
     int8: Pairs
-    int8_error: Pairs
+    int8_error: Pairs | None
 
     def int8_harms(self, layer: int, block: int) -> bool:
         """Whether int8 costs this block likelihood beyond twice its error; unknown counts as harm."""
-        if self.kind == "uniform":
+        if self.kind == "uniform" or self.int8_error is None:
             return True
         return self.int8[layer][block] > 2 * self.int8_error[layer][block]
 
@@ -57,7 +58,7 @@ class Sensitivities:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Sensitivities:
-        pairs = ("off", "off_error", "int8", "int8_error")
+        pairs = [name for name in ("off", "off_error", "int8", "int8_error") if document[name] is not None]
         read = {name: tuple((float(a), float(m)) for a, m in document[name]) for name in pairs}
         return cls(**{**document, **read})
 
@@ -196,24 +197,21 @@ def _measured(layers: nn.ModuleList, codes: Int8Codes, on_L2T1: Tensor, rounded_
 def _over(
     found: Sequence[tuple[Tensor, Tensor]], kind: Kind, backbone: Backbone, data_hash: str
 ) -> Sensitivities:
-    """Means over rows, and their standard errors (infinite for a single row)."""
+    """Means over rows, and their standard errors."""
 
     def pairs(x_L2: Tensor) -> Pairs:
         return tuple((a, m) for a, m in x_L2.tolist())
 
     columns = [torch.stack(values) for values in zip(*found, strict=True)]
     means = [column.mean(0) for column in columns]
-    errors = [
-        column.std(0) / len(found) ** 0.5 if len(found) > 1 else torch.full_like(column[0], torch.inf)
-        for column in columns
-    ]
+    errors = [pairs(column.std(0) / len(found) ** 0.5) if len(found) > 1 else None for column in columns]
     return Sensitivities(
         kind,
         backbone.fingerprint,
         data_hash,
         len(found),
         off=pairs(means[0]),
-        off_error=pairs(errors[0]),
+        off_error=errors[0],
         int8=pairs(means[1]),
-        int8_error=pairs(errors[1]),
+        int8_error=errors[1],
     )
