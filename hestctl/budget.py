@@ -68,16 +68,17 @@ def by_new_tokens(terms: Terms, prompt_tokens: int, new_tokens: int) -> np.ndarr
     return terms.prefill_j(prompt_tokens) + terms.step_j * steps + terms.context_j * context
 
 
-def most_j(terms: Terms, prompt_tokens: int, new_tokens: int) -> float:
-    """The largest joules at any P of 1 to ``prompt_tokens`` and any N of 1 to ``new_tokens``."""
+def most_j(terms: Terms, prompt_tokens: tuple[int, int], new_tokens: int) -> float:
+    """The largest joules at any P between the two ``prompt_tokens``, any N of 1 to ``new_tokens``."""
+    least, most = prompt_tokens
     steps = np.arange(max(1, new_tokens), dtype=np.float64)
     start = terms.call_j + terms.step_j * steps + terms.context_j * steps * (steps + 1) / 2
     slope = terms.token_j + terms.context_j * steps
     # A parabola in P at every N: its ends, and its top where it opens downwards.
-    lengths = [np.ones_like(steps), np.full_like(steps, prompt_tokens)]
+    lengths = [np.full_like(steps, least), np.full_like(steps, most)]
     if terms.token2_j < 0:
         top = np.floor(-slope / (2 * terms.token2_j))
-        lengths += [np.clip(top + i, 1, prompt_tokens) for i in (0, 1)]
+        lengths += [np.clip(top + i, least, most) for i in (0, 1)]
     return float(max((start + slope * p + terms.token2_j * p**2).max() for p in lengths))
 
 

@@ -76,7 +76,7 @@ class Recorder:
         self.folder.append("utilisation", _values(use))
 
     def trial(self, trial: Mapping[str, Any]) -> None:
-        """One trial of a search: ``number``, ``state``, ``value``, ``feasible``, ``params``."""
+        """One trial of a search that has ended; its fields are the columns of ``trials``."""
         self.folder.append("trials", {"created_at": now(), **trial})
 
     def plan(self, plan: Mapping[str, Any]) -> None:

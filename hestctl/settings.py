@@ -150,7 +150,9 @@ class BudgetSettings(_Section):
     number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
     joules given outright. In scope network the budget tightens from all that the backbone spends to E_max
     over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them
-    from there on. ``spend`` useful leaves joules unspent that buy no likelihood. Where blocks start is their
+    from there on. ``spend`` useful leaves joules unspent that buy no likelihood.
+    A plan fits prompts of ``shortest`` to ``longest`` tokens (data.max_tokens where None), and generation
+    refuses others that do not fit. Where blocks start is their
     ``sensitivity``, over so many training samples: by one backward pass each, or exactly, block after block.
     """
 
@@ -163,6 +165,8 @@ class BudgetSettings(_Section):
     margin: float = Field(default=0.01, ge=0, lt=0.5)
     envelope: Literal["auto", "matched", "absolute"] = "auto"
     spend: Literal["useful", "all"] = "useful"
+    shortest: int = Field(default=16, ge=1)
+    longest: int | None = Field(default=None, ge=1)
     sensitivity: Literal["gradient", "exact"] = "gradient"
     sensitivity_samples: int = Field(default=8, ge=2)
     tighten: float = Field(default=0.25, ge=0, le=1)
@@ -248,9 +252,16 @@ class ProfileSettings(_Section):
 
 
 class SearchSettings(_Section):
-    """The Optuna search: ranges are ``[low, high]``, choices are lists."""
+    """The Optuna search: ranges are ``[low, high]``, choices are lists.
+
+    ``trials`` are counted over all workers, ``workers`` is how many processes of this machine try them.
+    ``joules`` auto takes the meter's where one measures and a single process works, else those that the
+    energy table predicts; only a search by predicted joules can be joined.
+    """
 
     trials: int = Field(default=0, ge=0)
+    workers: int = Field(default=1, ge=1, le=256)
+    joules: Literal["auto", "predicted"] = "auto"
     timeout_min: float = Field(default=360.0, gt=0)
     learning_rate: Range = (1e-5, 5e-4)
     controller_width: Choices = (16, 32, 64)

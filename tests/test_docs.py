@@ -89,7 +89,7 @@ def test_joules_has_the_word_of_every_column_of_the_store():
         words |= dict.fromkeys(re.findall(r"`(.*?)`", named), word)
     assert set(words) == joules
     for column, word in words.items():
-        is_kind = re.fullmatch(r"`(runs|samples|windows)\.(energy_)?kind`", word)
+        is_kind = re.fullmatch(r"`(runs|samples|windows|trials)\.(energy_)?kind`", word)
         assert is_kind or word.startswith("predicted"), (column, word)
 
 

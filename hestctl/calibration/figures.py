@@ -165,6 +165,7 @@ def _open_plan(spectral: SpectralAdapters) -> Plan:
         batch_size=1,
         num_beams=1,
         max_new_tokens=1,
+        bound=(1, 1),
         bills=(Bill(1, 1, Terms.zero(), Emax(Terms.zero(), Terms(call_j=emax_j))),),
         blocks=BlockStates.uniform(layers),
         pace=(1 / layers,) * layers,

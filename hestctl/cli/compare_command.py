@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hestctl.cli import options as o
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 
 def register(app: typer.Typer) -> None:
@@ -31,6 +35,10 @@ def compare(
     formats: Annotated[str, typer.Option("--formats", help="png, pdf, svg; comma-separated.")] = "png",
     theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV to this file.")] = None,
+    search: Annotated[
+        str | None,
+        typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
+    ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
     json: o.JsonOption = False,
 ) -> None:
@@ -45,7 +53,14 @@ def compare(
     from hestctl.store.queries import connect
 
     stores = db or [str(o.resolve("quickstart", None).settings.db)]
+    look: dict[str, Any] = {
+        "theme": theme,
+        "formats": tuple(part.strip() for part in formats.split(",")),
+    }
     with connect(stores) as connection:
+        if search is not None:
+            _show_search(connection, search, (out_dir or Path("figures")) if figures else None, look, json)
+            return
         found = work(connection, margin=margin, methods=method, dataset=dataset)
         drawn: list[Path] = []
         reasons: dict[str, str] = {}
@@ -54,13 +69,7 @@ def compare(
 
             if not json:
                 out.note("drawing figures")
-            made = draw(
-                connection,
-                found,
-                out_dir or Path("figures"),
-                theme=theme,  # type: ignore[arg-type]
-                formats=tuple(part.strip() for part in formats.split(",")),
-            )
+            made = draw(connection, found, out_dir or Path("figures"), **look)
             drawn, reasons = list(made), made.reasons
     if csv is not None:
         write_csv(found, csv)
@@ -75,9 +84,41 @@ def compare(
         for line in table.notes:
             out.text(line)
     out.text()
+    _show_figures(drawn, reasons, out_dir or Path("figures"))
+
+
+def _show_figures(drawn: Sequence[Path], reasons: Mapping[str, str], folder: Path) -> None:
+    from hestctl.cli import out
+
     if drawn:
-        out.text(f"{len(drawn)} figures in {(out_dir or Path('figures')).absolute()}:")
+        out.text(f"{len(drawn)} figures in {folder.absolute()}:")
         for path in drawn:
             out.text(f"  {path.name}")
     for topic, reason in reasons.items():
         out.note(f"not drawn: {topic} ({reason})")
+
+
+def _show_search(
+    connection: DuckDBPyConnection, run_id: str, folder: Path | None, look: dict[str, Any], json: bool
+) -> None:
+    """The trials of one search, as a table or a document, and its figures."""
+    from hestctl.cli import out
+    from hestctl.compare.search import find_search, search_document, trial_table, trials
+
+    run, found = find_search(connection, run_id), trials(connection, run_id)
+    drawn: list[Path] = []
+    reasons: dict[str, str] = {}
+    if folder is not None:
+        from hestctl.compare.search_figures import draw_search
+
+        made = draw_search(connection, run_id, folder, **look)
+        drawn, reasons = list(made), made.reasons
+    if json:
+        out.document({**search_document(run, found), "figures": [str(path) for path in drawn]})
+        return
+    table = trial_table(run, found)
+    out.table(table.title, table.headers, table.rows, left=3)
+    for line in table.notes:
+        out.text(line)
+    if folder is not None:
+        _show_figures(drawn, reasons, folder)

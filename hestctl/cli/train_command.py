@@ -10,6 +10,7 @@ from hestctl.cli import options as o
 
 if TYPE_CHECKING:
     from hestctl.records import Run
+    from hestctl.settings import Resolved
 
 
 def register(app: typer.Typer) -> None:
@@ -63,10 +64,21 @@ def train(
         bool, typer.Option("--trial", help="One epoch over two batches: does it run at all?")
     ] = False,
     trials: Annotated[
-        int | None, typer.Option(help="Search with Optuna first: this many trials, then the best again.")
+        int | None,
+        typer.Option(help="Search with Optuna first: this many trials of all workers, then the best again."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes of this machine that try them, by predicted joules.")
+    ] = None,
+    join: Annotated[
+        str | None,
+        typer.Option("--join", metavar="RUN_ID", help="Work on this running search, from any terminal."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the latest interrupted run of this method.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the latest interrupted run, or with --trials search, of this method."
+        ),
     ] = False,
     run: o.RunOption = None,
     force: Annotated[bool, typer.Option("--force", help="Resume although settings differ.")] = False,
@@ -81,6 +93,9 @@ def train(
     (or a prediction, marked so), or --emax JOULES.
 
     In several processes: accelerate launch --multi_gpu --num_processes N -m hestctl train ...
+
+    --trials searches: hest for the fewest joules at the tabs run's ROUGE or better, other methods for the
+    highest ROUGE. Methods compare fairly where each had equally many trials.
     """
     from hestctl.cli import out
     from hestctl.cli.settings_view import show_settings
@@ -121,8 +136,12 @@ def train(
         train__gradient_checkpointing=gradient_checkpointing,
         train__seed=seed,
         search__trials=trials,
+        search__workers=workers,
     )
     settings = resolved.settings
+    if join is not None:
+        _join(join, resolved, resume=resume, quiet=quiet, json=json)
+        return
     if trial:
         settings = with_values(settings, TRIAL)
     if dry_run:
@@ -142,12 +161,11 @@ def train(
     if run is not None and not resume:
         raise HestError("--run names a run to go on with", "add --resume", Exit.USAGE)
     searching = settings.search.trials > 0 and not trial
-    if resume and searching:
-        raise HestError("a search cannot be resumed, only a run", "leave out --trials", Exit.USAGE)
+    if workers is not None and not searching:
+        raise HestError("--workers share the trials of a search", "add --trials 20", Exit.USAGE)
     from hestctl.training.ranks import joined, launched, launched_alone
     from hestctl.workflows.follow import follow
-    from hestctl.workflows.search import search
-    from hestctl.workflows.train import Resume, train
+    from hestctl.workflows.resuming import Resume
 
     if searching and launched():
         raise HestError(
@@ -155,6 +173,7 @@ def train(
         )
 
     store = Store(settings.db)
+    resuming = Resume(run, force) if resume else None
     with (
         joined(settings.backbone.device, settings.train.rank_timeout_s) as ranks,
         out.reporting(quiet or not ranks.first) as progress,
@@ -165,14 +184,40 @@ def train(
         if launched_alone():
             progress.note(f"accelerate launch --cpu started one process; for several: {LAUNCH} --device cpu")
         if searching:
-            done = search(settings, store, progress)
+            from hestctl.workflows.search import search
+
+            done = search(settings, store, progress, resuming=resuming)
         else:
-            resuming = Resume(run, force) if resume else None
+            from hestctl.workflows.train import train
+
             done = train(settings, store, progress, resuming=resuming, ranks=ranks)
     if json:
         out.document(as_json(done))
     else:
         show(done, settings.db)
+
+
+def _join(search_id: str, resolved: Resolved, *, resume: bool, quiet: bool, json: bool) -> None:
+    """Work on a search. Raises HestError (usage) where settings are given, which are the search's own."""
+    from hestctl.cli import out
+    from hestctl.errors import Exit, HestError
+    from hestctl.store.store import Store
+
+    given = [key for key, origin in resolved.origins.items() if origin == "flag" and key != "db"]
+    if given or resume:
+        raise HestError(
+            f"--join takes all settings from the search, not {', '.join(given or ['--resume'])}",
+            "give --db alone, where the store is elsewhere",
+            Exit.USAGE,
+        )
+    from hestctl.workflows.search import join
+
+    with out.reporting(quiet) as progress:
+        done = join(search_id, Store(resolved.settings.db), progress)
+    if json:
+        out.document({"search_run_id": search_id, "trials": done})
+    else:
+        out.text(f"{done} trials of {search_id} were done here")
 
 
 LAUNCH = "accelerate launch --multi_gpu --num_processes N -m hestctl train"

@@ -1,52 +1,32 @@
-"""The figures of a comparison, drawn with plotnine: this module alone imports it.
+"""The figures of a comparison, drawn with plotnine.
 
 Every figure says in its subtitle whether its joules are measured, estimated or predicted.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import duckdb
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import plotnine
-from matplotlib.ticker import MaxNLocator
 
 from hestctl.compare import frames
+from hestctl.compare.look import Drawn, Figure, check_theme, look, whole, write
 from hestctl.compare.results import Comparison, Row
 from hestctl.compare.statistics import TAIL_MINIMUM
 from hestctl.compare.style import BASE_SIZE, DPI, INKS, WIDTH_IN, Theme, joule_unit, marks, thousands
 from hestctl.compare.text import number
-from hestctl.errors import Exit, HestError
 
 p9: Any = plotnine  # typed only in part: under strict mypy its own functions count as untyped
-FORMATS: Final = ("png", "pdf", "svg")
 _MANY = 60
 """From here on single samples are drawn as faint points, else as solid ones."""
 _POINTS = 600
 """At most so many points a run where boxes tell the rest."""
-
-
-class Drawn(list[Path]):
-    """The files that were written; ``reasons`` names every topic that had nothing to draw, and why."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reasons: dict[str, str] = {}
-
-
-@dataclass(frozen=True, slots=True)
-class _Figure:
-    plot: Any
-    height_in: float
-    width_in: float = WIDTH_IN
 
 
 def draw(
@@ -63,29 +43,8 @@ def draw(
     Files are ``comparison_{topic}.png`` over all runs and ``{run_id}_{topic}.png`` for one. The
     returned list has ``reasons``: the topics that drew nothing, and why.
     """
-    unknown = [name for name in formats if name not in FORMATS]
-    if theme not in INKS or unknown:
-        raise HestError(
-            f"unknown figure format '{unknown[0]}'" if unknown else f"unknown theme '{theme}'",
-            f"formats: {', '.join(FORMATS)}; themes: {', '.join(INKS)}",
-            Exit.USAGE,
-        )
-    mpl.use("agg")
-    out_dir.mkdir(parents=True, exist_ok=True)
-    painter = _Painter(connection, comparison, theme)
-    drawn = Drawn()
-    for name, paint in painter.topics():
-        try:
-            figure = paint()
-        except frames.NoDataError as nothing:
-            drawn.reasons[name] = str(nothing)
-            continue
-        for suffix in formats:
-            # A run id of several stores ends in the store's path.
-            path = out_dir / f"{name.replace('/', '-')}.{suffix}"
-            figure.plot.save(path, width=figure.width_in, height=figure.height_in, dpi=dpi, verbose=False)
-            drawn.append(path)
-    return drawn
+    painter = _Painter(connection, comparison, check_theme(theme))
+    return write(painter.topics(), out_dir, formats=formats, dpi=dpi)
 
 
 class _Painter:
@@ -102,9 +61,9 @@ class _Painter:
         self.word = comparison.energy_word
         self.metered = f"{comparison.energy_word} (meter: {facts['meter']})"
 
-    def topics(self) -> list[tuple[str, Callable[[], _Figure]]]:
+    def topics(self) -> list[tuple[str, Callable[[], Figure]]]:
         """File name without suffix, and what draws it."""
-        named: list[tuple[str, Callable[[], _Figure]]] = [
+        named: list[tuple[str, Callable[[], Figure]]] = [
             ("comparison_energy", self.energy),
             ("comparison_energy_distribution", self.energy_distribution),
             ("comparison_latency", self.latency),
@@ -119,7 +78,7 @@ class _Painter:
                 named.append((f"{row.run_id}_confusion", partial(self.confusion, row)))
         return named
 
-    def energy(self) -> _Figure:
+    def energy(self) -> Figure:
         """Joules per sample with 95 % intervals and value labels."""
         frame = frames.energy(self.comparison)
         frame["run"] = self._ordered(frame["run"], down=True)
@@ -140,22 +99,22 @@ class _Painter:
             + self._scales(points=False)
             + self._look("Joules per sample", f"{self.metered}; mean with 95 % interval")
         )
-        return _Figure(plot, 1.5 + 0.32 * len(frame))
+        return Figure(plot, 1.5 + 0.32 * len(frame))
 
-    def energy_distribution(self) -> _Figure:
+    def energy_distribution(self) -> Figure:
         """The spread of joules over samples."""
         frame = frames.joules(self.connection, self.comparison)
         return self._spread(
             frame, f"joules per sample, {self.word}", "Joules over the samples", self.metered, tail=False
         )
 
-    def latency(self) -> _Figure:
+    def latency(self) -> Figure:
         """The spread of latency over samples, with p99 where there are enough of them."""
         frame = frames.latency(self.connection, self.comparison)
         says = "measured wall time of each sample's batch"
         return self._spread(frame, "seconds, measured", "Latency over the samples", says, tail=True)
 
-    def quality_energy(self) -> _Figure:
+    def quality_energy(self) -> Figure:
         """Quality against joules, both with intervals: up and to the left is better."""
         frame = frames.quality_energy(self.comparison)
         frame["run"] = self._ordered(frame["run"])
@@ -175,9 +134,9 @@ class _Painter:
             plot += p9.geom_hline(yintercept=chance, linetype="dashed", color=self.ink.muted)
             says += "; dashed: chance level"
         plot += self._look("Quality against joules", says)
-        return _Figure(plot + legend, 3.4 + legend_in)
+        return Figure(plot + legend, 3.4 + legend_in)
 
-    def learning(self, row: Row) -> _Figure:
+    def learning(self, row: Row) -> Figure:
         """Loss, expected energy over E_max, and the multiplier over the optimiser steps."""
         frame = frames.learning(self.connection, row)
         panels = list(frame["panel"].cat.categories)
@@ -198,12 +157,12 @@ class _Painter:
         says += ["diamonds: validation"] if len(points) else []
         says += ["joules are predicted; dashed: E_max"] if energy else []
         plot += p9.facet_wrap("panel", ncol=1, scales="free_y")
-        plot += p9.scale_x_continuous(breaks=_whole, labels=thousands)
+        plot += p9.scale_x_continuous(breaks=whole, labels=thousands)
         plot += p9.labs(x="optimiser step", y="")
         plot += self._look(f"Training of {row.label}", "; ".join(says))
-        return _Figure(plot, 1.4 + 1.25 * len(panels))
+        return Figure(plot, 1.4 + 1.25 * len(panels))
 
-    def utilisation(self, row: Row) -> _Figure:
+    def utilisation(self, row: Row) -> Figure:
         """Share of each state by depth."""
         frame = frames.utilisation(self.connection, row)
         frame["text"] = [f"{share:.0f}" for share in frame["share"]]
@@ -221,9 +180,9 @@ class _Painter:
             + self._look(f"States by depth, {row.label}", "percent of direction-tokens in test generation")
             + p9.theme(panel_grid=p9.element_blank(), legend_position="none")
         )
-        return _Figure(plot, max(2.8, 1.5 + 0.16 * layers), 4.0)
+        return Figure(plot, max(2.8, 1.5 + 0.16 * layers), 4.0)
 
-    def budget(self) -> _Figure:
+    def budget(self) -> Figure:
         """Scope joules by sequence length against E_max."""
         frame = frames.budget(self.connection, self.comparison)
         limits = frames.limits(frame)
@@ -246,9 +205,9 @@ class _Painter:
         plot += self._scales(lines=not limits.empty)
         plot += self._look("Scope joules by length", f"predicted from the energy table; {lines}")
         legend, legend_in = self._legend(frame)
-        return _Figure(plot + legend, (3.6 if scopes == 1 else 5.1) + legend_in)
+        return Figure(plot + legend, (3.6 if scopes == 1 else 5.1) + legend_in)
 
-    def length(self) -> _Figure:
+    def length(self) -> Figure:
         """Whole joules of generation by sequence length, from profile runs."""
         frame = frames.length(self.connection, self.comparison)
         frame["run"] = self._ordered(frame["run"])
@@ -266,9 +225,9 @@ class _Painter:
         if batches > 1:
             plot += p9.facet_wrap("batch", ncol=1, scales="free_y")
         legend, legend_in = self._legend(frame, lines=True)
-        return _Figure(plot + legend, (3.4 if batches == 1 else 1.2 + 1.9 * batches) + legend_in)
+        return Figure(plot + legend, (3.4 if batches == 1 else 1.2 + 1.9 * batches) + legend_in)
 
-    def confusion(self, row: Row) -> _Figure:
+    def confusion(self, row: Row) -> Figure:
         """Counts of true against answered labels."""
         frame = frames.confusion(self.connection, row, self.comparison.facts["split"])
         frame["over"] = np.where(frame["count"] > 0.55 * frame["count"].max(), "dark tile", "light tile")
@@ -286,9 +245,9 @@ class _Painter:
             )
             + p9.theme(panel_grid=p9.element_blank(), legend_position="none")
         )
-        return _Figure(plot, 1.6 + 0.36 * max(classes, 3))
+        return Figure(plot, 1.6 + 0.36 * max(classes, 3))
 
-    def _spread(self, frame: pd.DataFrame, axis: str, title: str, says: str, *, tail: bool) -> _Figure:
+    def _spread(self, frame: pd.DataFrame, axis: str, title: str, says: str, *, tail: bool) -> Figure:
         """Boxes with their samples; ``tail`` adds the 99th percentile."""
         groups = frame.groupby("run")["value"]
         frame["run"] = self._ordered(frame["run"], down=True)
@@ -335,7 +294,7 @@ class _Painter:
         plot += p9.labs(x="", y=axis)
         plot += self._scales()
         plot += self._look(title, says)
-        return _Figure(plot, 1.6 + 0.42 * frame["run"].nunique())
+        return Figure(plot, 1.6 + 0.42 * frame["run"].nunique())
 
     def _ordered(self, runs: pd.Series[Any], *, down: bool = False) -> pd.Categorical:
         """Labels in the order of the table; ``down`` for an axis that is drawn upwards."""
@@ -367,39 +326,4 @@ class _Painter:
         return p9.guides(**guides), 0.3 + 0.19 * -(-len(present) // columns)
 
     def _look(self, title: str, says: str) -> list[Any]:
-        """Title and subtitle of a figure, and the theme; ``says`` tells where its numbers come from."""
-        ink = self.ink
-        subtitle = "\n".join([*textwrap.wrap(self.setting, 76), *textwrap.wrap(says, 76)])
-        paper = p9.element_rect(fill=ink.paper, color=ink.paper)
-        return [
-            p9.labs(title=title, subtitle=subtitle),
-            p9.theme_minimal(base_size=BASE_SIZE),
-            p9.theme(
-                plot_background=paper,
-                panel_background=paper,
-                legend_background=paper,
-                legend_key=paper,
-                text=p9.element_text(color=ink.text),
-                axis_text=p9.element_text(color=ink.text),
-                axis_title=p9.element_text(color=ink.text, size=BASE_SIZE - 0.5),
-                strip_text=p9.element_text(color=ink.text, ha="left"),
-                plot_title=p9.element_text(size=BASE_SIZE + 1, weight="bold", ha="left", color=ink.text),
-                plot_subtitle=p9.element_text(
-                    size=BASE_SIZE - 2, ha="left", color=ink.muted, margin={"b": 8, "units": "pt"}
-                ),
-                panel_spacing_y=0.035,
-                plot_title_position="plot",
-                panel_grid_major=p9.element_line(color=ink.grid, size=0.5),
-                panel_grid_minor=p9.element_blank(),
-                legend_position="bottom",
-                legend_title=p9.element_blank(),
-                legend_text=p9.element_text(color=ink.text, size=BASE_SIZE - 1.5),
-                legend_key_size=10,
-            ),
-        ]
-
-
-def _whole(limits: tuple[float, float]) -> list[float]:
-    low, high = limits
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
-    return [float(tick) for tick in ticks if low <= tick <= high and float(tick).is_integer()]
+        return look(self.ink, title, (self.setting, says))

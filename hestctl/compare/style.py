@@ -56,6 +56,13 @@ _FAMILIES: Final[Mapping[str, Sequence[str]]] = {
 _SHAPES: Final = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "*", "p")
 _LINES: Final = ("solid", "dashed", "dotted", "dashdot")
 
+TRIALS: Final[Mapping[str, Mark]] = {
+    "reached the baseline": Mark("#0072B2", "o", "solid"),
+    "below the baseline": Mark("#D55E00", "^", "solid"),
+    "failed": Mark("#8A8A8A", "x", "solid"),
+}
+"""How the trials of a search are drawn, by what became of them."""
+
 
 def marks(rows: Sequence[Row]) -> dict[str, Mark]:
     """The mark of every run by its label."""

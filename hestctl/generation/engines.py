@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -86,6 +86,20 @@ class EngineKind:
             backbone, adapters, plan, blocks=self.blocks, choices=self.choices, codes=self.codes
         )
 
+    def running(self, blocks: BlockStates | None) -> EngineKind:
+        """This engine with its blocks in these states, whose int8 codes are made anew.
+
+        Raises HestError (usage) for transformers' unless all are in full: it would save nothing by them.
+        """
+        if self.name == Generator.engine and blocks is not None and not blocks.all_full:
+            raise HestError(
+                f"only hestctl's engine saves joules by blocks in int8 or off: {self.reason}",
+                "take --engine hestctl, or leave out --backbone-precision int8, backbone.skip_last and "
+                "scope network",
+                Exit.USAGE,
+            )
+        return replace(self, blocks=blocks, codes=None)
+
     def told(self, engine: Engine) -> dict[str, Any]:
         """What was chosen, and why, for the record of a run that ``engine`` generates for."""
         return {"name": self.name, "reason": self.reason, **engine.notes}
@@ -102,14 +116,7 @@ def engine_for(backbone: Backbone, wanted: EngineName, blocks: BlockStates | Non
         raise HestError(
             f"hestctl's engine cannot run {backbone.name}: {reason}", "--engine transformers can", Exit.USAGE
         )
-    if wanted != "transformers" and reason is None:
-        return EngineKind(NativeGenerator.engine, None, blocks)
-    reason = reason or "--engine transformers was asked for"
-    if blocks is not None and not blocks.all_full:
-        raise HestError(
-            f"only hestctl's engine saves joules by blocks in int8 or off: {reason}",
-            "take --engine hestctl, or leave out --backbone-precision int8, backbone.skip_last and "
-            "--scope network",
-            Exit.USAGE,
-        )
-    return EngineKind(Generator.engine, reason)
+    kind = EngineKind(NativeGenerator.engine, None)
+    if wanted == "transformers" or reason is not None:
+        kind = EngineKind(Generator.engine, reason or "--engine transformers was asked for")
+    return kind.running(blocks)

@@ -163,7 +163,7 @@ def _samples(
     prompt_tokens = [len(row.prompt_ids) for row in batch.rows]
     new_tokens = [len(ids) for ids in batch.result.new_ids]
     beams = 1 if batch.predicted else settings.num_beams  # labels are scored without beams
-    phases = _predicted(model, generator, prompt_tokens, new_tokens, beams)
+    phases = _predicted(model, generator, batch.result.blocks, prompt_tokens, new_tokens, beams)
     shares: list[Share | None] = [None] * len(batch.rows)
     if batch.energy_j is not None:
         shares = [*share_batch(batch.energy_j, batch.error_j, prompt_tokens, new_tokens, phases)]
@@ -237,15 +237,19 @@ def _ran(generator: Engine, counts_QLS: Tensor, prompt_tokens: Sequence[int], nu
 def _predicted(
     model: EnergyModel | None,
     generator: Engine,
+    blocks: BlockStates,
     prompt_tokens: Sequence[int],
     new_tokens: Sequence[int],
     num_beams: int,
 ) -> PhaseJoules | None:
-    """The model's joules of this batch; None without a model, or for what it was not calibrated for."""
+    """The model's joules of this batch; None without a model, or for what it was not calibrated for.
+
+    ``blocks``: the states that ran.
+    """
     if model is None:
         return None
     gate = None if generator.adapters is None else generator.adapters.gate.kind
-    found = model.predict(prompt_tokens, new_tokens, num_beams=num_beams, gate=gate)
+    found = model.predict(prompt_tokens, new_tokens, num_beams=num_beams, gate=gate, blocks=blocks)
     return None if isinstance(found, Unavailable) else found
 
 

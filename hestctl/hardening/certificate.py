@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from hestctl.budget import Bill, allowance_j, by_new_tokens
 from hestctl.hardening.ledger import incomes
 from hestctl.hardening.plan import Plan
-from hestctl.hardening.repair import LONGEST
+from hestctl.hardening.repair import grid
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 
@@ -42,7 +41,7 @@ def worst(plan: Plan) -> dict[str, Any] | None:
     for bill in plan.bills:
         assert bill.emax is not None
         emax = bill.emax.of(bill.batch_size)
-        for prompt in np.unique(np.geomspace(1, LONGEST, 128).round()).astype(int).tolist():
+        for prompt in grid(plan.bound):
             new_tokens = plan.max_new_tokens
             share_N = by_new_tokens(bill.base, prompt, new_tokens) / by_new_tokens(emax, prompt, new_tokens)
             found.append((float(share_N.max()), bill, prompt, int(share_N.argmax()) + 1))

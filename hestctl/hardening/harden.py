@@ -58,6 +58,7 @@ def harden(
     margin: float,
     generation: GenerationSettings,
     blocks: Blocks | None = None,
+    bound: tuple[int, int] = (1, 4096),
 ) -> Plan:
     """Decide the plan of a trained adapter on reference prompts (the validation split).
 
@@ -69,14 +70,14 @@ def harden(
     then bounds every single sample. Without a budget (tabs, bhsp) the plan records decisions and energy and
     binds nothing.
 
-    ``blocks`` None: all full. Raises HestError: exit 5 where no plan fits, naming the least budget that one
-    does, usage for what was not calibrated.
+    ``blocks`` None: all full. ``bound``: the prompt tokens between which the plan must fit. Raises HestError:
+    exit 5 where no plan fits, naming the least budget that one does, usage for what was not calibrated.
     """
     layers = adapters.shape[0]
     if blocks is None:
         blocks = Blocks(BlockStates.uniform(layers))
     codes = blocks.codes or Int8Codes()
-    lengths = Lengths.of([len(row.prompt_ids) for row in rows], budget, generation.new_tokens)
+    lengths = Lengths.of([len(row.prompt_ids) for row in rows], budget, generation.new_tokens, bound)
 
     def look(states: BlockStates) -> list[_Look]:
         return [_look(backbone, adapters, row, budget, table, states, codes) for row in rows]
@@ -102,6 +103,7 @@ def harden(
         batch_size=generation.batch_size,
         num_beams=generation.num_beams,
         max_new_tokens=generation.new_tokens,
+        bound=lengths.bound,
         bills=(Bill(1, 1, Terms.zero(), None),) if budget is None else budget.bills,
         blocks=blocks.decided,
         pace=tuple([1 / layers] * layers),

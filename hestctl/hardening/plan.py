@@ -68,12 +68,13 @@ class Plan:
     """Hardened decisions of one run; loads back bit for bit.
 
     ``emax_j`` is E_max as it is told (see ``Budget``), ``bills`` what batches cost and may cost in the
-    scope's joules, and ``margin`` the part of E_max that is left to the energy model's error. ``blocks`` are
-    the states of the layers' blocks and ``choices`` how each came by its own. ``pace`` is each layer's share
-    of what is left for the directions; ``order`` ranks the directions of each layer, the most important
-    first; ``shift`` is what repair added to the thresholds, in spreads of each layer's scores. ``fixed`` are
-    the states of a layer's directions where no token moves any of them, else None. ``costs_j`` are joules
-    per direction and token of (off, int8, full).
+    scope's joules, ``bound`` the least and the most prompt tokens at which that is known to fit (beyond them
+    generation refuses what does not), ``margin`` the part of E_max that is left to the energy model's error.
+    ``blocks`` are the states of the layers' blocks, ``choices`` how each came by its own. ``pace`` is each
+    layer's share of what is left for the directions; ``order`` ranks the directions of each layer, the most
+    important first; ``shift`` is what repair added to the thresholds, in spreads of each layer's scores.
+    ``fixed`` are the states of a layer's directions where no token moves any of them, else None. ``costs_j``
+    are joules per direction and token of (off, int8, full).
     """
 
     version: int
@@ -95,6 +96,7 @@ class Plan:
     batch_size: int
     num_beams: int
     max_new_tokens: int
+    bound: tuple[int, int]
     bills: tuple[Bill, ...]
     blocks: BlockStates
     pace: tuple[float, ...]
@@ -235,6 +237,7 @@ class Plan:
             **{
                 **fields,
                 "costs_j": tuple(fields["costs_j"]),
+                "bound": tuple(fields["bound"]),
                 "pace": tuple(fields["pace"]),
                 "order": tuple(tuple(row) for row in fields["order"]),
                 "energies": None if energies is None else Energies(**energies),

@@ -21,9 +21,6 @@ from hestctl.hardening.plan import BlockChoice, Why
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import BLOCKS, FULL, INT8, OFF, BlockStates
 
-LONGEST = 4096
-"""Prompt tokens up to which a matched envelope is certified."""
-
 _CostJ = Callable[[int, int], float]
 """Joules of (block, state)."""
 
@@ -75,23 +72,38 @@ class Prices:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Mean tokens of the reference, and the most that must be within E_max."""
+    """Mean tokens of the reference, and the lengths that must be within E_max.
+
+    ``bound`` are the least and the most prompt tokens; beyond, generation itself refuses what does not fit.
+    """
 
     prompt_tokens: int
     new_tokens: int
-    longest: int
+    bound: tuple[int, int]
     max_new_tokens: int
 
     @classmethod
-    def of(cls, prompts: Sequence[int], budget: Budget | None, max_new_tokens: int) -> Lengths:
+    def of(
+        cls, prompts: Sequence[int], budget: Budget | None, max_new_tokens: int, bound: tuple[int, int]
+    ) -> Lengths:
         """``prompts`` are the tokens of the reference's prompts."""
-        prompt_tokens, new_tokens, longest = sum(prompts) / len(prompts), float(max_new_tokens), LONGEST
+        prompt_tokens, new_tokens = sum(prompts) / len(prompts), float(max_new_tokens)
         if budget is not None:
             prompt_tokens, new_tokens = budget.prompt_tokens or prompt_tokens, budget.new_tokens
             if budget.envelope == "absolute":
                 # One number cannot pay for every length: prompts beyond these get fewer new tokens.
-                longest = max(prompts)
-        return cls(max(1, round(prompt_tokens)), max(1, round(new_tokens)), longest, max_new_tokens)
+                bound = min(bound[0], max(prompts)), max(prompts)
+        return cls(max(1, round(prompt_tokens)), max(1, round(new_tokens)), bound, max_new_tokens)
+
+    def grid(self) -> list[int]:
+        """Prompt tokens across the bound, its ends among them."""
+        return grid(self.bound)
+
+
+def grid(bound: tuple[int, int]) -> list[int]:
+    """Whole numbers across ``bound``, its ends among them, dense where they are small."""
+    found: list[int] = np.unique(np.geomspace(*bound, 128).round()).astype(int).tolist()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +131,7 @@ def least_reachable(bills: Sequence[Bill], margin: float, lengths: Lengths) -> L
         requests = bill.batch_size
         assert bill.emax is not None
         emax = bill.emax.of(requests)
-        for prompt in np.unique(np.geomspace(1, lengths.longest, 128).round()).astype(int).tolist():
+        for prompt in lengths.grid():
             base_N = by_new_tokens(bill.base, prompt, lengths.max_new_tokens)
             emax_N = by_new_tokens(emax, prompt, lengths.max_new_tokens)
             factor_N = base_N / ((1 - margin) * emax_N)
@@ -320,6 +332,6 @@ def _fits(bills: Sequence[Bill], margin: float, lengths: Lengths, position_j: fl
         rows_j = bill.batch_size * bill.num_beams * position_j
         directions = Terms(call_j=rows_j, token_j=rows_j, step_j=rows_j)
         over = directions.plus(bill.spare(bill.batch_size, margin).times(-1.0))
-        if most_j(over, lengths.longest, lengths.max_new_tokens) > 0:
+        if most_j(over, lengths.bound, lengths.max_new_tokens) > 0:
             return False
     return True

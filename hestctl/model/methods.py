@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -58,6 +58,8 @@ class Tuner:
     spectral: SpectralAdapters | None = None
     lora: Any = None
     """A ``peft.PeftModel`` around the very backbone (peft changes it in place)."""
+    _unmerged: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list)
+    """The backbone's weights that LoRA was merged into, each with a copy on the CPU from before."""
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by name."""
@@ -88,14 +90,22 @@ class Tuner:
     def finish(self) -> None:
         """Merge LoRA into the backbone for generation; spectral adapters stay as they are."""
         if self.lora is not None:
+            from peft.tuners.lora import LoraLayer
+
+            changed = [m.get_base_layer().weight for m in self.lora.modules() if isinstance(m, LoraLayer)]
+            self._unmerged = [(weight, weight.detach().to("cpu", copy=True)) for weight in changed]
             self.lora.merge_and_unload()
             self.lora = None
 
     def discard(self) -> None:
-        """Give the backbone back as it was (between the trials of a search)."""
+        """Give the backbone back bit for bit as it was (between the trials of a search)."""
         if self.lora is not None:
             self.lora.unload()
             self.lora = None
+        # Subtracting what was merged would leave its rounding behind.
+        for weight, before in self._unmerged:
+            weight.data.copy_(before)
+        self._unmerged.clear()
 
 
 def _part(name: str, method: Method) -> str:

@@ -159,7 +159,7 @@ class RunFolder:
 
     def repair(self) -> int:
         """Cut torn last lines, which only the owner or the heir of a dead one may do; returns how many."""
-        lost = sum(_cut_torn_line(self.lines_path(table)) for table in LINE_TABLES)
+        lost = sum(cut_torn_line(self.lines_path(table)) for table in LINE_TABLES)
         self.lost_lines += lost
         return lost
 
@@ -311,15 +311,20 @@ def _summary(path: Path) -> dict[str, Any]:
     return {**summary, "lines": lines} if path.suffix == ".jsonl" else summary
 
 
-def _cut_torn_line(path: Path) -> int:
-    """End the file at its last whole line; returns 1 when one was lost."""
+def cut_torn_line(path: Path) -> int:
+    """End a file of JSON lines at its last whole one; returns 1 when one was lost.
+
+    For whoever alone may write to it at that time.
+    """
     if not path.exists() or path.stat().st_size == 0:
         return 0
     with path.open("rb+") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read() == b"\n":
+            return 0
+        file.seek(0)
         data = file.read()
         end = data.rfind(b"\n") + 1
-        if end == len(data):
-            return 0
         whole = _parse(data[end:]) is not None
         if whole:
             file.write(b"\n")

@@ -104,7 +104,27 @@ def say_how_joules_were_had(con: DuckDBPyConnection) -> None:
         con.execute(f"COMMENT ON COLUMN {column} IS '{comment}'")
 
 
-MIGRATIONS: tuple[Migration, ...] = (create_tables, add_sample_prediction, say_how_joules_were_had)
+def tell_what_trials_did(con: DuckDBPyConnection) -> None:
+    """A trial's score, joules, time, run and worker, so that a search can be drawn from the store alone."""
+    for column in (
+        "score DOUBLE",
+        "energy_j DOUBLE",
+        "energy_kind VARCHAR",
+        "trial_run_id VARCHAR",
+        "duration_s DOUBLE",
+        "worker VARCHAR",
+        "error VARCHAR",
+    ):
+        con.execute(f"ALTER TABLE trials ADD COLUMN {column}")
+    con.execute("COMMENT ON COLUMN trials.energy_j IS 'of the energy_kind beside it, J a sample'")
+
+
+MIGRATIONS: tuple[Migration, ...] = (
+    create_tables,
+    add_sample_prediction,
+    say_how_joules_were_had,
+    tell_what_trials_did,
+)
 """The schema version of a store is how many of these were applied to it."""
 
 

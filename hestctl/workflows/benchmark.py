@@ -325,6 +325,7 @@ class _Bench:
                 new_tokens=s.profile.new_tokens, num_beams=num_beams, batch_size=batch_size
             ),
             blocks=deciding(s, backbone, tuner, None),
+            bound=(len(prompts[0].prompt_ids), len(prompts[0].prompt_ids)),
         )
         kind = replace(kind, blocks=plan.blocks)
         return kind.make(backbone, tuner.spectral, plan)

@@ -23,7 +23,7 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
 from hestctl.training.network import BlockPrices, BlockTraining
-from hestctl.workflows.setup import decides_blocks, learns_blocks
+from hestctl.workflows.setup import bound_of, decides_blocks, learns_blocks
 
 
 def sensitivities_of(
@@ -113,7 +113,7 @@ def training_blocks(
             gate="ordinal",
             margin=s.margin,
             position_j=predicted_tabs_j(layers, settings.method.rank, table.full.joules),
-            lengths=Lengths.of(prompts, budget, settings.generation.new_tokens),
+            lengths=Lengths.of(prompts, budget, settings.generation.new_tokens, bound_of(settings)),
         )
         return states
 

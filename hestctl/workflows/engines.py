@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import Generator, blocks_note
+from hestctl.generation.engine import blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.hardening.artefact import read_codes, write_codes
 from hestctl.hardening.plan import read_plan
@@ -55,14 +55,13 @@ def in_blocks(
     """
     if blocks.all_full:
         return kind
-    engine_for(backbone, "transformers" if kind.name == Generator.engine else "hestctl", blocks)
-    codes = None
+    kind = kind.running(blocks)
     if blocks.uses_int8 and not tuner.method.lora:
         folder = store.root / f"int8-{backbone.fingerprint[:16]}"
         if write:
             write_codes(folder, backbone, blocks)
-        codes = read_codes(folder, backbone, blocks)
-    return replace(kind, blocks=blocks, codes=codes)
+        kind = replace(kind, codes=read_codes(folder, backbone, blocks))
+    return kind
 
 
 def record_engine(run: Run, kind: EngineKind, engine: Engine) -> None:
@@ -102,6 +101,4 @@ def load_hardened(
     if plan is not None and (kind.blocks is None or kind.blocks.all_full):
         kind = in_blocks(kind, store, backbone, tuner, plan.blocks)
     tuner.finish()
-    if plan is not None and plan.scope == "network":
-        kind = replace(kind, blocks=plan.blocks)
     return kind.make(backbone, tuner.spectral, plan)

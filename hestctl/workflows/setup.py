@@ -18,9 +18,7 @@ from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
-from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import METHODS, Tuner, build_tuner
-from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
 from hestctl.records import FULL, INT8, Run
 from hestctl.runs import Recorder, new_run_id, versions
@@ -211,6 +209,13 @@ def decides_blocks(settings: Settings) -> bool:
     return free and method.scope == "network" and METHODS[method.name].budgeted
 
 
+def bound_of(settings: Settings) -> tuple[int, int]:
+    """The prompt tokens between which a plan must fit its budget."""
+    s = settings.budget
+    longest = settings.data.max_tokens if s.longest is None else s.longest
+    return min(s.shortest, longest), longest
+
+
 def learns_blocks(settings: Settings) -> bool:
     """Whether training learns them, and does not take them from the sensitivities alone."""
     return decides_blocks(settings) and settings.method.layers == "learned"
@@ -327,16 +332,6 @@ def _new_budget(
     )
 
 
-def blocks_of(
-    settings: Settings, backbone: Backbone, tuner: Tuner, sensitivities: Sensitivities | None = None
-) -> Blocks:
-    """What decides the states of the backbone's blocks: settings that fix them, else the tuner's gate."""
-    fixed, spectral, logits = settings.backbone.blocks(backbone.num_layers), tuner.spectral, None
-    if spectral is not None and isinstance(spectral.gate, OrdinalGate) and spectral.gate.blocks is not None:
-        logits = spectral.gate.block_logits().detach().cpu() if fixed.all_full else None
-    return Blocks(fixed, logits, sensitivities, settings.budget.spend)
-
-
 def harden_into(
     recorder: Recorder,
     settings: Settings,
@@ -346,12 +341,12 @@ def harden_into(
     table: EnergyTable,
     budget: Budget | None,
     progress: Progress,
-    blocks: Blocks | None = None,
+    blocks: Blocks,
 ) -> Plan | None:
     """Harden what was trained, and put plan, certificate and hardened tensors into the run.
 
     A method without directions has no plan; LoRA's tensors are kept as they are. ``blocks`` is what decides
-    the states of the backbone's blocks, None for those that the settings fix, or the gate's own.
+    the states of the backbone's blocks.
     """
     plan = None
     if tuner.spectral is not None:
@@ -367,7 +362,8 @@ def harden_into(
             budget=budget,
             margin=settings.budget.margin,
             generation=settings.generation,
-            blocks=blocks or blocks_of(settings, backbone, tuner),
+            blocks=blocks,
+            bound=bound_of(settings),
         )
         record_plan(plan, recorder, progress)
     if METHODS[settings.method.name].trained:

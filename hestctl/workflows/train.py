@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,6 @@ from hestctl.progress import Progress
 from hestctl.records import Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
 from hestctl.settings import Settings
-from hestctl.store import queries
 from hestctl.store.files import ensure_space, write_whole
 from hestctl.store.store import Store
 from hestctl.training.account import SPENT_FILE, Account, JoulesUnknown, demand_live_counter
@@ -41,6 +40,7 @@ from hestctl.workflows.blocks import deciding, sensitivities_of
 from hestctl.workflows.engines import chosen_engine, in_blocks, record_engine, with_kernels
 from hestctl.workflows.follow import Inputs, identity, trainer_for
 from hestctl.workflows.metering import energy_table, open_meter
+from hestctl.workflows.resuming import Resume, changes, resumable
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
     SPLITS,
@@ -58,11 +58,25 @@ from hestctl.workflows.summary import summarise
 
 
 @dataclass(frozen=True, slots=True)
-class Resume:
-    """Go on with an interrupted run: the one named, or the latest of the method."""
+class Part:
+    """The search that a training belongs to, and what all of its trainings work on.
 
-    run_id: str | None = None
-    force: bool = False
+    ``trials`` is None for a trial, which generates the validation split; for the training of the best
+    settings it is how many were tried. LoRA is taken off ``backbone`` after each.
+    """
+
+    search_id: str
+    backbone: Backbone
+    data: Data
+    trials: int | None = None
+
+    def mark(self, run: Run) -> Run:
+        """The row of the search's trial, or of its best settings."""
+        if self.trials is not None:
+            summary = {**run.summary, "search_trials": self.trials}
+            return replace(run, parent_run_id=self.search_id, summary=summary)
+        run_id = new_run_id("trial", run.method)
+        return replace(run, run_id=run_id, command="trial", parent_run_id=self.search_id)
 
 
 def train(
@@ -71,47 +85,41 @@ def train(
     progress: Progress,
     *,
     resuming: Resume | None = None,
-    trial_of: str | None = None,
+    part: Part | None = None,
     ranks: Ranks | None = None,
 ) -> Run:
     """Train one method, harden it, generate the test split under the meter, and record it all.
 
-    With ``trial_of`` (the id of a search) the run is a trial: it generates the validation split.
-    ``ranks``: the processes that share the training; the others call ``workflows.follow``.
+    ``part``: within a search, on the backbone and data that it has loaded. ``ranks``: the processes that
+    share the training; the others call ``workflows.follow``.
     Raises HestError; whatever was finished before stays in the run's folder and in the store.
     """
     ranks = ranks or Ranks()
-    old = None if resuming is None else _resumable(settings, store, resuming.run_id)
+    old = None if resuming is None else resumable(settings, store, resuming.run_id)
     _demand_budget(settings)
     if old is not None and resuming is not None:
-        _changes(old, settings, None, force=resuming.force)  # what is refused should not wait
-    splits = read_inputs(settings, store)
-    backbone = load_backbone(settings.backbone, progress=progress.note)
+        changes(old, settings, None, force=resuming.force)  # what is refused should not wait
+    if part is None:
+        backbone, data = load_inputs(settings, store, progress)
+    else:
+        backbone, data = part.backbone, part.data
     trained = METHODS[settings.method.name].trained
     if trained:
         ranks.share(None)  # what was downloaded now lies on the disk for all
-    # base trains on nothing: encoding a large training split would take it minutes.
-    needed = SPLITS if trained else ("validation", "test")
-    data = load_data(settings, splits, backbone, progress, needed=needed)
     engine = chosen_engine(settings, backbone, progress)
     changed: list[str] = []
     if old is not None and resuming is not None:
-        changed = _changes(old, settings, data, force=resuming.force)
+        changed = changes(old, settings, data, force=resuming.force)
     ensure_space(store.root, _bytes_needed(settings, backbone))
     with open_meter(settings.energy, backbone.device, store, progress) as meter:
         if trained:
-            ranks.meet(meter, identity(settings, splits, backbone))
+            ranks.meet(meter, identity(settings, data.splits, backbone))
         if settings.train.max_energy_j is not None and trained:
             demand_live_counter(JointMeter(meter, ranks))
         run = describe(settings, backbone, meter, data)
         check_reference(settings, store, run)
-        if trial_of is not None:
-            run = replace(
-                run,
-                run_id=new_run_id("trial", settings.method.name),
-                command="trial",
-                parent_run_id=trial_of,
-            )
+        if part is not None:
+            run = part.mark(run)
         session = recording(store, run)
         if old is not None and resuming is not None:
             run = replace(run, run_id=old.run_id, created_at=old.created_at)
@@ -126,10 +134,19 @@ def train(
                     settings, store, backbone, data, meter, recorder, progress, engine, ranks, resumed
                 ).run_all()
         except Interrupted as error:
-            if trial_of is None:
+            if part is None:
                 error.hint = f"{error.hint}; the same command with --resume goes on"
             raise
     return recorder.run
+
+
+def load_inputs(settings: Settings, store: Store, progress: Progress) -> tuple[Backbone, Data]:
+    """The backbone, and what of the data the method needs. Raises HestError as both loaders do."""
+    splits = read_inputs(settings, store)
+    backbone = load_backbone(settings.backbone, progress=progress.note)
+    # base trains on nothing: encoding a large training split would take it minutes.
+    needed = SPLITS if METHODS[settings.method.name].trained else ("validation", "test")
+    return backbone, load_data(settings, splits, backbone, progress, needed=needed)
 
 
 @dataclass(slots=True)
@@ -151,7 +168,7 @@ class _Work:
     """Step and latest evaluation of the newest checkpoint."""
 
     def run_all(self) -> None:
-        s, run, backbone = self.settings, self.recorder.run, self.backbone
+        s, backbone = self.settings, self.backbone
         table = energy_table(
             s, backbone, self.meter, self.store, self.recorder, self.progress, resumed=self.resumed
         )
@@ -165,6 +182,16 @@ class _Work:
         if decides_blocks(s):
             known = sensitivities_of(s, backbone, self.data.splits, self.store, self.recorder, self.progress)
         tuner = new_tuner(s, self.backbone, table.states, s.train.seed)
+        try:
+            self._tune(tuner, table, budget, known)
+        finally:
+            tuner.discard()
+
+    def _tune(
+        self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
+    ) -> None:
+        """All that is done with the trained parts: training, hardening, evaluation."""
+        s, run, backbone = self.settings, self.recorder.run, self.backbone
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
         run.adapter_parameters = counts.adapter
@@ -334,6 +361,8 @@ class _Work:
         )
         # Repair mends a small excess, not a large one; before the first step the energy is not known.
         within = trainer.budget is None or (best.ratio is not None and best.ratio <= 1.2)
+        if trainer.blocks is not None and trainer.blocks.learning:
+            within = False  # the blocks that it would be judged by are not settled
         best.offer(trainer, nll / tokens if rouge is None else -rouge, within=within)
         account.book("evaluation")
 
@@ -426,61 +455,3 @@ def _bytes_needed(settings: Settings, backbone: Backbone) -> int:
     parameters = 2 * backbone.num_layers * backbone.hidden_size * max(m.rank, 4 * m.lora_rank)
     parameters += backbone.num_layers * backbone.hidden_size * m.rank
     return 16 * parameters * (settings.train.keep_checkpoints + 1) + 50_000_000
-
-
-def _resumable(settings: Settings, store: Store, run_id: str | None) -> Run:
-    """The run to go on with: the one named, or the latest of the method. Raises HestError (usage)."""
-    store.recover_orphans()  # a killed run says that it is interrupted only once somebody looks
-    if run_id is not None:
-        old = queries.get_run(store, run_id)
-        if old.command != "train" or old.status == "finished":
-            raise HestError(
-                f"run {old.run_id} cannot be resumed: it is a {old.status} {old.command} run",
-                "`hestctl runs list` shows the interrupted ones",
-                Exit.USAGE,
-            )
-        return old
-    runs = [
-        run
-        for status in ("interrupted", "failed")
-        for run in queries.list_runs(store, command="train", method=settings.method.name, status=status)
-    ]
-    if not runs:
-        raise HestError(
-            f"nothing to resume: no interrupted {settings.method.name} run in {store.db}",
-            "leave out --resume to start afresh",
-            Exit.USAGE,
-        )
-    return max(runs, key=lambda run: run.created_at)
-
-
-def _changes(old: Run, settings: Settings, data: Data | None, *, force: bool) -> list[str]:
-    """What is not as the run was started with: settings, or the data that they name, once these are read.
-
-    Raises HestError (usage) that names them, unless forced.
-    """
-    changed = _changed(old.settings, settings.model_dump(mode="json"))
-    if data is not None and old.data_hash != data.identity:
-        changed.append(f"the data {data.splits.name}, which hold other samples")
-    if changed and not force:
-        raise HestError(
-            f"run {old.run_id} was started with other settings: {'; '.join(changed)}",
-            "give the same settings, or --force to go on with the new ones",
-            Exit.USAGE,
-        )
-    return changed
-
-
-_NO_MATTER = ("db", "profile.", "search.", "train.max_energy_j", "train.rank_timeout_s")
-"""Settings that play no part in what a training run does, but for how far it comes."""
-
-
-def _changed(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    out: list[str] = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            out += _changed(before, after, f"{prefix}{key}.")
-        elif before != after and not (prefix + key).startswith(_NO_MATTER):
-            out.append(f"{prefix}{key} was {before}, now {after}")
-    return out

@@ -26,6 +26,7 @@ QUICK = {
     "energy.calibration_s": 0.001,
     "energy.lengths": "4,12",
     "energy.batch_sizes": "1",
+    "method.scope": "adapter",
     "generation.batch_size": 2,
     "backbone.device": "cpu",
 }
@@ -93,7 +94,9 @@ def test_scope_adapter_needs_the_prices_of_directions_alone(
 ) -> None:
     table, _ = found(settings_of(store), store, meter, backbone, 1)
     assert table.model is None
-    again, _ = found(settings_of(store, backbone__precision="int8"), store, meter, backbone, 2)
+    int8 = settings_of(store, backbone__precision="int8")
+    assert target_of(int8, backbone) == target_of(settings_of(store), backbone), "measured in all states"
+    again, _ = found(int8, store, meter, backbone, 2)
     assert again == table
 
 

@@ -12,7 +12,9 @@ import pytest
 from cli_tools import TINY, TRIAL, Study, lines_of, run_child, run_cli
 
 from hestctl.calibration import measure
+from hestctl.energy.model import EnergyModel, PhaseJoules, Terms
 from hestctl.errors import Exit
+from hestctl.records import BLOCKS, FULL, INT8, OFF, STATES, BlockStates
 
 CALIBRATE = ("calibrate", *TINY, "--lengths", "16,48", "-q", "--json")
 PROFILE = ("profile", "--seq-len", "64", "--new-tokens", "3", "--repeats", "2", "-q", "--json")
@@ -79,10 +81,13 @@ def test_what_a_block_costs_in_each_state_is_told(tmp_path: Path) -> None:
     assert [(row["block"], row["state"]) for row in rows] == [
         (block, state) for block in ("attention", "mlp") for state in ("full", "int8")
     ]
+    model = EnergyModel.from_dict(document["table"]["model"])
     for row in rows:
         assert (row["batch_size"], row["num_beams"], row["prompt_tokens"]) == (1, 1, 48)
-        assert row["prefill_j_per_prompt_token"] >= 0
-        assert row["decode_j_per_step"] >= 0
+        costs = model.component(1, 1, BLOCKS.index(row["block"]), STATES.index(row["state"]))
+        assert isinstance(costs, Terms)
+        assert row["prefill_j_per_prompt_token"] == pytest.approx(costs.prefill_j(48) / 48)
+        assert row["decode_j_per_step"] == pytest.approx(costs.decode_j(48, 33) / 32)
         for phase, name in (("prefill", "prefill_j_per_prompt_token"), ("decode", "decode_j_per_step")):
             full = next(r for r in rows if r["block"] == row["block"] and r["state"] == "full")[name]
             ratio = row[f"{phase}_ratio_of_full"]
@@ -141,6 +146,25 @@ def test_chosen_kernels_are_what_generation_takes_and_its_record_says(copied: St
     assert json.loads((folder / "measured.json").read_text())["kernels"] == calibrated["table"]["kernels"]
 
 
+@pytest.mark.parametrize(
+    ("control", "states"),
+    [
+        (("--set", "backbone.skip_last=1"), (FULL, OFF)),
+        (("--set", "backbone.skip_last=1", "--backbone-precision", "int8"), (INT8, OFF)),
+    ],
+)
+def test_what_is_predicted_is_of_the_blocks_that_ran(
+    tmp_path: Path, control: tuple[str, ...], states: tuple[int, int]
+) -> None:
+    table = run_cli(tmp_path, *CALIBRATE).document["table"]
+    model = EnergyModel.from_dict(table["model"])
+    base = (*PROFILE, *TINY, "--set", "data.test_samples=2")
+    for point in run_cli(tmp_path, *base, *control).document["points"]:
+        found = model.predict([point["prompt_tokens"]], [3], blocks=BlockStates(states, states))
+        assert isinstance(found, PhaseJoules)
+        assert point["predicted_j_per_sample"] == pytest.approx(found.total_j)
+
+
 def test_a_batch_that_was_not_calibrated_is_not_predicted(calibrated: Study) -> None:
     document = run_cli(calibrated.folder, *PROFILE, "--batch-size", "2").document
     assert all(point["predicted_j_per_sample"] is None for point in document["points"])
@@ -169,4 +193,10 @@ def test_a_stale_table_is_refused_until_it_is_renewed(
     renewal = hint.split("hestctl ", 1)[1].split()
     quick = ("--set", "energy.calibration_s=0.004", "--lengths", "16,48", "-q")
     assert run_cli(calibrated.folder, *renewal, *quick).code == 0
+    outcome = run_cli(calibrated.folder, *PROFILE)
+    assert outcome.code == Exit.USAGE
+    assert "was made for another energy table" in outcome.message
+    hint = next(line for line in outcome.err.splitlines() if "hestctl harden" in line)
+    hardening = hint.split("`hestctl ", 1)[1].split("`")[0].split()
+    assert run_cli(calibrated.folder, *hardening, "-q").code == 0
     assert run_cli(calibrated.folder, *PROFILE).code == 0

@@ -21,26 +21,19 @@ from safetensors.torch import load_file
 
 from hestctl.errors import Exit
 
-TRAIN = (
-    *("train", *TINY, "--json", "--emax-ratio", "0.6", "--method", "hest"),
+STEPS = (
+    *("train", *TINY, "--json"),
     *("--max-tokens", "220", "--new-tokens", "2", "--batch-size", "2", "--accumulation", "3"),
     *("--set", "data.train_samples=8", "--set", "data.validation_samples=1", "--set", "data.test_samples=1"),
     *("--set", "train.early_stop_samples=0", "--epochs", "3", "--gate-lr", "0.002"),
     *("--set", "train.eval_steps=3", "--set", "train.save_steps=2", "--set", "train.log_steps=1"),
 )
 """6 steps, of 3 micro-batches and of 1 in turns: of two ranks one has less to do, then nothing."""
+TRAIN = (*STEPS, "--method", "hest", "--scope", "adapter", "--emax-ratio", "0.6")
+NETWORK = (*STEPS, "--method", "hest", "--scope", "network", "--emax-ratio", "3")
+"""With learned blocks, of which a tiny model cannot save much: within a budget that it keeps."""
 BESIDE = ("train_energy_j", "elapsed_s", "tokens_per_s")
 """What of a step hangs on the machine and not on the training."""
-
-
-@pytest.fixture(scope="session")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
-    """A store whose second run is the training of one process; the first measured its energy table."""
-    folder = tmp_path_factory.mktemp("alone")
-    first = run_cli(folder, *TRAIN, "--max-steps", "1")
-    whole = run_cli(folder, *TRAIN)
-    assert (first.code, whole.code) == (0, 0), first.err + whole.err
-    return folder, whole
 
 
 def free_port() -> int:
@@ -102,30 +95,40 @@ def near(value: object, tolerance: float) -> object:
     return pytest.approx(value, rel=tolerance) if isinstance(value, float) else value
 
 
-def assert_same_training(mine: Path, theirs: Path) -> None:
-    """Within what another order of summing floats may change, and that is all that differs.
-
-    1e-6 of a figure, and 1e-5 of the size of a gradient, in which large parts cancel, or of a tensor.
-    """
+def assert_same_training(mine: Path, theirs: Path, figure: float, tensor: float) -> None:
+    """Relative to each figure and to the size of each tensor; large parts of a gradient cancel."""
     rows, expected = lines_of(mine, "steps"), lines_of(theirs, "steps")
     assert len(rows) == len(expected) == 6 + 3
     for row, other in zip(rows, expected, strict=True):
         for name in row.keys() - set(BESIDE):
-            assert row[name] == near(other[name], 1e-5 if name == "grad_norm" else 1e-6), (row["step"], name)
-    last = Path("checkpoints", "step-00000006", "tensors.safetensors")
-    for file in (Path("adapter.safetensors"), last):
-        tensors, wanted = load_file(mine / file), load_file(theirs / file)
-        assert tensors.keys() == wanted.keys()
-        for name, tensor in wanted.items():
-            assert torch.linalg.norm(tensors[name] - tensor) <= 1e-5 * torch.linalg.norm(tensor), name
+            tolerance = tensor if name == "grad_norm" else figure
+            assert row[name] == near(other[name], tolerance), (row["step"], name)
+    tensors, wanted = (load_file(run / "adapter.safetensors") for run in (mine, theirs))
+    assert tensors.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert torch.linalg.norm(tensors[name] - values) <= tensor * torch.linalg.norm(values), name
 
 
-def test_two_processes_of_accelerate_make_the_run_that_one_makes(alone: tuple[Path, Outcome]) -> None:
-    folder, single = alone
+@pytest.mark.parametrize(
+    ("arguments", "figure", "tensor"),
+    [
+        # Nothing differs but the order in which floats are summed.
+        ((*STEPS, "--method", "lora"), 1e-6, 1e-5),
+        # A gate that lies on its threshold to the last bit may then fall otherwise for a token.
+        (NETWORK, 1e-4, 1e-4),
+    ],
+    ids=["lora", "hest"],
+)
+def test_two_processes_of_accelerate_make_the_run_that_one_makes(
+    tmp_path: Path, arguments: tuple[str, ...], figure: float, tensor: float
+) -> None:
+    first = run_cli(tmp_path, *arguments, "--max-steps", "1")  # measures the energy table for both
+    single = run_cli(tmp_path, *arguments)
+    assert (first.code, single.code) == (0, 0), first.err + single.err
     launch = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m", "hestctl")
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launch, *TRAIN],
-        cwd=folder,
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, *arguments],
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=120,
@@ -138,19 +141,19 @@ def test_two_processes_of_accelerate_make_the_run_that_one_makes(alone: tuple[Pa
     )
     assert done.returncode == 0, done.stderr
     double = json.loads(done.stdout)  # one document: the other rank says nothing
-    assert done.stderr.count("run train-hest-") == 1
-    runs = run_cli(folder, "runs", "list", "--json").document["runs"]
-    assert len([run for run in runs if run["method"] == "hest"]) == 3
-    mine, theirs = (folder / "runs" / document["run_id"] for document in (double, single.document))
-    assert_same_training(mine, theirs)
-    for key in ("emax_j", "scope_energy_j_per_sample", "hardened_over_emax", "training_stopped"):
-        assert double[key] == near(single.document[key], 1e-4), key
+    assert done.stderr.count("run train-") == 1
+    runs = run_cli(tmp_path, "runs", "list", "--json").document["runs"]
+    assert len([run for run in runs if run["command"] == "train"]) == 3
+    mine, theirs = (tmp_path / "runs" / document["run_id"] for document in (double, single.document))
+    assert_same_training(mine, theirs, figure, tensor)
+    for key in ("emax_j", "hardened_over_emax", "training_stopped"):
+        assert double[key] == near(single.document[key], 1e-2), key
     windows = [row for row in lines_of(mine, "windows") if row["phase"] == "training"]
     assert [row["name"] for row in windows] == ["training", "training, rank 1"]
     assert double["train_energy_j"] >= sum(row["energy_j"] for row in windows) > windows[0]["energy_j"]
     summary = json.loads((mine / "run.json").read_text())["summary"]
     assert summary["training_devices"] == [row["device_uuid"] for row in windows]
-    assert run_cli(folder, "runs", "verify").code == 0
+    assert run_cli(tmp_path, "runs", "verify").code == 0
 
 
 def fail_on_rank_1(rank: int) -> None:

@@ -325,12 +325,6 @@ def test_resume_takes_the_run_that_is_named(broken_off: Study) -> None:
     assert_as_undisturbed(place, resumed)
 
 
-def test_a_search_is_not_resumed(tmp_path: Path) -> None:
-    outcome = run_cli(tmp_path, *HEST, "--trials", "2", "--resume")
-    assert outcome.code == Exit.USAGE
-    assert "--trials" in outcome.message
-
-
 def interrupt() -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(5)

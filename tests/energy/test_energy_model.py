@@ -149,6 +149,14 @@ def test_noise_of_two_percent_in_the_calibration_is_less_in_the_prediction_of_mi
             assert min(astuple(known(noisy.component(1, 1, block, state)))) >= 0
 
 
+def test_no_coefficient_is_below_zero_however_noisy_the_calibration() -> None:
+    for seed in range(5):
+        noisy = model(noise=0.4, seed=seed)
+        parts = [known(noisy.component(1, 1, block, state)) for block in (0, 1) for state in (INT8, FULL)]
+        rest = known(noisy.generation(1, 1, None, BlockStates.uniform(LAYERS, OFF)))
+        assert min(min(astuple(part)) for part in [*parts, rest]) >= 0
+
+
 def test_the_components_are_those_of_one_layer() -> None:
     for block in (0, 1):
         for state, name in enumerate(STATES):

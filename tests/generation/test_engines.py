@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
+from hestctl.data.prompts import Encoded
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
 from hestctl.generation.engines import engine_for
 from hestctl.generation.native import NativeGenerator
 from hestctl.model.backbone import Backbone
+from hestctl.model.methods import build_tuner
 from hestctl.records import FULL, INT8, OFF, BlockStates
+from hestctl.settings import MethodSettings
+from hestctl.store.store import Store
+from hestctl.workflows.engines import in_blocks
 
 MIXED = BlockStates((FULL, OFF), (INT8, FULL))
 
@@ -48,3 +56,29 @@ def test_a_model_it_does_not_know_goes_to_the_reference_with_the_reason(backbone
             engine_for(backbone, wanted, blocks)  # type: ignore[arg-type]
         assert refused.value.exit_code == Exit.USAGE
         assert says in refused.value.message
+
+
+def test_a_run_s_blocks_run_from_the_codes_in_its_store(
+    backbone: Backbone, tmp_path: Path, samples: Callable[..., list[Encoded]]
+) -> None:
+    store, own = Store(tmp_path / "runs.duckdb"), engine_for(backbone, "auto", None)
+    hest, lora = (
+        build_tuner(MethodSettings(name=name), backbone.model, layers=2, hidden=64, states=(0, 2), seed=0)
+        for name in ("hest", "lora")
+    )
+    with pytest.raises(HestError, match="it is not there"):
+        in_blocks(own, store, backbone, hest, MIXED)
+    assert in_blocks(own, store, backbone, lora, MIXED).codes is None, (
+        "LoRA, not yet merged, makes other weights"
+    )
+    lora.discard()
+    kind = in_blocks(own, store, backbone, hest, MIXED, write=True)
+    assert [path.name for path in store.root.glob("int8-*")] == [f"int8-{backbone.fingerprint[:16]}"]
+    assert kind.codes is not None
+    assert set(kind.codes) == {(0, "gate_proj"), (0, "up_proj"), (0, "down_proj")}
+    out = kind.make(backbone, None, None).generate(samples(1), new_tokens=2, num_beams=1)
+    assert out.blocks == MIXED
+    assert in_blocks(own, store, backbone, hest, BlockStates.uniform(2)) == own
+    with pytest.raises(HestError, match="only hestctl's engine saves joules") as refused:
+        in_blocks(engine_for(backbone, "transformers", None), store, backbone, hest, MIXED)
+    assert refused.value.exit_code == Exit.USAGE

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounter
 from hestctl.generation.native import NativeGenerator, generator, network
 from hestctl.generation.native.graph import compiled
 from hestctl.kernels.choose import Choice, Choices, Shape
-from hestctl.records import INT8, BlockStates
+from hestctl.records import FULL, INT8, OFF, BlockStates
 
 pytest.importorskip("triton", reason="triton is not installed")
 NEW = 8
@@ -119,6 +119,20 @@ def test_own_int8_kernels_generate_what_the_library_s_do(family, samples):
     assert (theirs - mine).norm() < 0.01 * theirs.norm()
     a, b = (engine.generate(rows, new_tokens=6, num_beams=1).new_ids for engine in (default, own))
     assert all(parting.tie for parting in partings(default, rows, a, b, rounding=0.02))
+
+
+def test_mixed_blocks_run_own_and_fused_kernels_beside_the_library_s(samples, monkeypatch):
+    states = BlockStates((FULL, INT8, OFF, OFF, FULL), (INT8, FULL, INT8, OFF, OFF))
+    backbone, rows = family_backbone(num_hidden_layers=5), samples(2, prompt=9)
+    adapters, plan = adapted("hest-fp16", backbone, rows, new_tokens=6)
+    default = plain(monkeypatch, backbone, adapters, plan, blocks=states)
+    own = NativeGenerator(backbone, adapters, plan, blocks=states, choices=own_kernels(backbone), static=True)
+    assert own.notes["adapter"] == "fused"
+    theirs, mine = (engine.label_scores(rows)[0] for engine in (default, own))
+    assert (theirs - mine).norm() < 0.01 * theirs.norm()
+    a, b = (engine.generate(rows, new_tokens=6, num_beams=1) for engine in (default, own))
+    assert all(parting.tie for parting in partings(default, rows, a.new_ids, b.new_ids, rounding=0.02))
+    assert b.blocks == states
 
 
 def test_own_kernels_stand_in_the_layer_s_one_graph(samples, monkeypatch):

@@ -108,11 +108,13 @@ def test_damage_is_refused_and_mended(
     path = tmp_path / "layer-001-mlp.safetensors"
     whole = safetensors.torch.load(path.read_bytes())
     damage(path)
+    in_place = path.stat().st_ino if path.exists() else None
     with pytest.raises(HestError, match=says) as refused:
         read_codes(tmp_path, backbone, BLOCKS)
     assert str(path) in refused.value.message
     assert refused.value.hint == "`hestctl harden` writes it again"
     write_codes(tmp_path, backbone, BLOCKS)
+    assert path.stat().st_ino != in_place, "whoever reads the damaged file must not see it change"
     mended = load_file(path)
     assert set(mended) == set(whole)
     assert all(torch.equal(mended[name], whole[name]) for name in whole)
@@ -171,6 +173,7 @@ def test_a_killed_writer_leaves_no_half_file(backbone: Backbone, tmp_path: Path)
     left = {path.name for path in tmp_path.glob("*.safetensors")}
     assert left == {"layer-000-attention.safetensors"}
     read_codes(tmp_path, backbone, BlockStates((INT8, FULL), (FULL, FULL)))
+    (tmp_path / ".layer-007-mlp.safetensors.aside").write_bytes(b"of a plan that nobody makes again")
     write_codes(tmp_path, backbone, BlockStates.uniform(2, INT8))
     assert len(read_codes(tmp_path, backbone, BlockStates.uniform(2, INT8))) == 14
     assert not list(tmp_path.glob(".*.aside")), "nothing of the killed writer stays"

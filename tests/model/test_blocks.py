@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hestctl.kernels.reference import int8_linear
 from hestctl.model import random_weights
 from hestctl.model.backbone import _random as random_backbone
-from hestctl.model.blocks import Int8Codes, in_states
+from hestctl.model.blocks import Int8Codes, in_states, int8_inside
 from hestctl.records import FULL, INT8, OFF, BlockStates
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -51,9 +51,9 @@ def in_int8(part: nn.Module) -> dict[nn.Linear, Callable[[Tensor], Tensor]]:
     return {m: by_oracle(m) for m in part.modules() if isinstance(m, nn.Linear)}
 
 
-def by_hand(model: Any, states: BlockStates) -> tuple[Tensor, dict[tuple[int, int], Tensor]]:
-    """Final hidden states, and what each block would add to the residual stream, of a causal pass."""
-    inner, added = model.model, {}
+def by_hand(model: Any, states: BlockStates) -> Tensor:
+    """Final hidden states of a causal pass."""
+    inner = model.model
     x = inner.embed_tokens(IDS)
     turns = inner.rotary_emb(x, position_ids=torch.arange(IDS.shape[1])[None])
     for index, layer in enumerate(inner.layers):
@@ -70,10 +70,10 @@ def by_hand(model: Any, states: BlockStates) -> tuple[Tensor, dict[tuple[int, in
             )
             for linear in replaced:
                 del linear.forward
-            added[index, block] = out
             if states.state(index, block) != OFF:
                 x = x + out
-    return inner.norm(x), added
+    out: Tensor = inner.norm(x)
+    return out
 
 
 def hidden(model: Any) -> Tensor:
@@ -83,7 +83,7 @@ def hidden(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_states_are_what_they_say(model: Any, cached: bool) -> None:
-    expected, _ = by_hand(model, STATES)
+    expected = by_hand(model, STATES)
     whole = hidden(model)
     with in_states(model.model.layers, STATES, Int8Codes(), cached=cached):
         mine = hidden(model)
@@ -118,74 +118,51 @@ def test_a_cache_gives_the_tokens_of_no_cache(model: Any, beams: int) -> None:
     assert torch.equal(with_cache, without)
 
 
-def target_loss(x: Tensor) -> Tensor:
+def gradient(model: Any, states: BlockStates) -> Tensor:
+    """Of a weight before all blocks, under some loss of the last hidden states."""
+    norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
+    norm.grad = None
+    with in_states(model.model.layers, states, Int8Codes()):
+        some_loss(hidden(model)).backward()
+    found: Tensor = norm.grad
+    return found
+
+
+def some_loss(x: Tensor) -> Tensor:
     weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
     return (x * weights).sum()
 
 
-def gradients(model: Any, *, trained: nn.Parameter | None = None) -> tuple[Tensor, Tensor | None]:
-    on_L2 = torch.tensor([[1.0, 1.0], [0.0, 1.0], [1.0, 0.0]], requires_grad=True)
-    with in_states(model.model.layers, STATES, Int8Codes(), on_L2=on_L2):
-        target_loss(hidden(model)).backward()
-    assert on_L2.grad is not None
-    return on_L2.grad, None if trained is None else trained.grad
+def test_gradients_pass_by_what_is_off(model: Any) -> None:
+    states = BlockStates((FULL, OFF, FULL), (FULL, FULL, OFF))
+    found = gradient(model, states)
+    model.model.layers[0].input_layernorm.weight.grad = None
+    some_loss(by_hand(model, states)).backward()
+    assert torch.allclose(found, model.model.layers[0].input_layernorm.weight.grad, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found, gradient(model, BlockStates.uniform(3)), rtol=1e-1)
 
 
-def test_the_gradient_of_being_on_is_what_a_block_would_add(model: Any) -> None:
-    """<g, Delta>, with g the loss's gradient at the sum that the block would join."""
-    found, _ = gradients(model)
-    _, added = by_hand(model, STATES)
-    for index, block in ((1, 0), (2, 1)):
-        probe = torch.zeros_like(added[index, block], requires_grad=True)
-        layer = model.model.layers[index]
-        part = (layer.self_attn, layer.mlp)[block]
-
-        def joined(_module: nn.Module, _args: Any, out: Any, probe: Tensor = probe) -> Any:
-            return (probe, *out[1:]) if isinstance(out, tuple) else probe
-
-        kept = BlockStates(
-            tuple(FULL if (index, block) == (i, 0) else s for i, s in enumerate(STATES.attention)),
-            tuple(FULL if (index, block) == (i, 1) else s for i, s in enumerate(STATES.mlp)),
-        )
-        hook = part.register_forward_hook(joined)
-        with in_states(model.model.layers, kept, Int8Codes()):
-            target_loss(hidden(model)).backward()
-        hook.remove()
-        assert probe.grad is not None
-        assert float(found[index, block]) == pytest.approx(
-            float((probe.grad * added[index, block]).sum()), rel=1e-4
-        )
-        assert abs(float(found[index, block])) > 1e-3
-
-
-def test_gradients_flow_past_what_is_off_and_through_what_is_int8(model: Any) -> None:
-    """A trained weight before it all; the int8 block's own Jacobian is the unquantised one's."""
-    norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
-    found, by_states = gradients(model, trained=norm)
-    assert by_states is not None and by_states.abs().max() > 0
-    norm.grad = None
-    with in_states(model.model.layers, STATES, Int8Codes()):
-        target_loss(hidden(model)).backward()
-    # Off: neither its value nor its gradient; so with and without ``on_L2`` the rest learns the same.
-    assert norm.grad is not None
-    assert torch.allclose(by_states, norm.grad, rtol=1e-4, atol=1e-5)
-    assert (found != 0).all()
+def test_the_gradient_through_int8_is_that_of_the_weight(model: Any) -> None:
+    linear = model.model.layers[0].mlp.gate_proj
+    x = torch.randn(2, 3, linear.in_features, requires_grad=True)
+    with int8_inside(model.model.layers[0].mlp, Int8Codes()):
+        y = linear(x)
+    weights = torch.randn(y.shape)
+    (y * weights).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weights @ linear.weight, atol=1e-5)
 
 
 def test_checkpointing_changes_no_gradient(model: Any) -> None:
-    norm = model.model.layers[0].input_layernorm.weight.requires_grad_(True)
     model.train()
-    plain, plain_norm = gradients(model, trained=norm)
-    norm.grad = None
+    plain = gradient(model, STATES)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    recomputed = []
-    hook = model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: recomputed.append(1))
-    found, found_norm = gradients(model, trained=norm)
+    ran: list[int] = []
+    hook = model.model.layers[0].input_layernorm.register_forward_hook(lambda *_: ran.append(1))
+    found = gradient(model, STATES)
     hook.remove()
-    assert len(recomputed) == 2, "the layers are to be run again in the backward pass"
+    assert len(ran) == 2, "the layers are to be run again in the backward pass"
     assert torch.equal(found, plain)
-    assert found_norm is not None and plain_norm is not None
-    assert torch.equal(found_norm, plain_norm)
 
 
 def test_what_is_trained_beside_a_weight_stays_in_full(model: Any) -> None:
@@ -195,7 +172,7 @@ def test_what_is_trained_beside_a_weight_stays_in_full(model: Any) -> None:
     q_proj.add_module("lora", extra)
     q_proj.register_forward_hook(lambda module, args, out: out + module.lora(args[0]))
     with in_states(model.model.layers, STATES, Int8Codes()):
-        target_loss(hidden(model)).backward()
+        some_loss(hidden(model)).backward()
     assert extra.weight.grad is not None and extra.weight.grad.abs().max() > 0
 
 
@@ -212,14 +189,12 @@ def failing(model: Any) -> Iterator[None]:
         hook.remove()
 
 
-@pytest.mark.parametrize("with_on", [False, True])
-def test_nothing_stays_patched_after_an_exception(model: Any, with_on: bool) -> None:
-    on_L2 = torch.ones(3, 2) if with_on else None
-
-    def opened() -> AbstractContextManager[None]:
-        return in_states(model.model.layers, STATES, Int8Codes(), on_L2=on_L2)
-
-    with pytest.raises(ZeroDivisionError), failing(model), opened():
+def test_nothing_stays_patched_after_an_exception(model: Any) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        failing(model),
+        in_states(model.model.layers, STATES, Int8Codes()),
+    ):
         assert patched(model)
         hidden(model)
     assert patched(model) == []

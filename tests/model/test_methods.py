@@ -191,3 +191,22 @@ def test_lora_merges_into_the_backbone_it_changed(backbone, samples):
         merged = forward(backbone, batch, None)
     assert torch.allclose(trained, merged, atol=1e-4)
     assert not any("lora" in name for name, _ in backbone.model.named_parameters())
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_discarding_lora_leaves_the_backbone_bit_for_bit_as_it_was(backbone, merged):
+    before = {name: tensor.clone() for name, tensor in backbone.model.state_dict().items()}
+    for seed in range(2):
+        tuner = tuner_for("lora", backbone)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in tuner.named_parameters().values():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if merged:
+            tuner.finish()
+            assert any(not torch.equal(w, before[name]) for name, w in backbone.model.state_dict().items())
+        tuner.discard()
+        after = backbone.model.state_dict()
+        assert after.keys() == before.keys()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert not any(parameter.requires_grad for parameter in backbone.model.parameters())

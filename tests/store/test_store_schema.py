@@ -133,6 +133,23 @@ def test_a_store_of_schema_1_is_read_and_written(store: Store, monkeypatch: pyte
     assert store.verify() == []
 
 
+def test_a_search_of_schema_3_is_read_with_what_later_trials_have(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as early:
+        early.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:3])
+        with recording(store, a_run("old-1")) as recorder:
+            fill(recorder)
+    query = "SELECT run_id, value, score, energy_kind FROM trials ORDER BY run_id DESC"
+    with connect([str(store.db)]) as con:
+        assert con.execute(query).fetchall() == [("old-1", 2.5, None, None)]
+    with recording(store, a_run("new-1")) as recorder:
+        recorder.trial({"number": 0, "params": {}, "value": 3.0, "score": 31.5, "energy_kind": "predicted"})
+    with store.reading() as con:
+        found = con.execute(query).fetchall()
+    assert found == [("old-1", 2.5, None, None), ("new-1", 3.0, 31.5, "predicted")]
+
+
 def refused(store: Store) -> HestError:
     """The error that writing, reading and comparing all give, with nothing recorded."""
     errors = []

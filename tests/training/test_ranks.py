@@ -188,9 +188,14 @@ def train_blocks(ranks):
     """
     backbone = tiny_backbone()
     layers = backbone.num_layers
-    method = MethodSettings(name="hest", scope="network", layers="learned")
     tuner = build_tuner(
-        method, backbone.model, layers=layers, hidden=backbone.hidden_size, states=(0, 1, 2), seed=0
+        MethodSettings(name="hest"),
+        backbone.model,
+        layers=layers,
+        hidden=backbone.hidden_size,
+        states=(0, 1, 2),
+        seed=0,
+        learns_blocks=True,
     )
     generator = torch.Generator().manual_seed(0)
 
@@ -239,7 +244,7 @@ def test_blocks_are_learned_and_settled_as_one_process_does():
     assert blocks["fixed"] is not None
     for mine, held, settled in in_two_ranks(train_blocks):
         for row, other in zip(mine, losses, strict=True):
-            assert row == pytest.approx(other, rel=1e-6)
+            assert row == pytest.approx(other, rel=1e-5)
         for name, tensor in tensors.items():
             wanted = torch.tensor(tensor)
             assert torch.linalg.norm(torch.tensor(held[name]) - wanted) <= 1e-5 * torch.linalg.norm(wanted), (
