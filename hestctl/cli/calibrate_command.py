@@ -36,6 +36,7 @@ def calibrate(
     dtype: o.DtypeOption = None,
     engine: o.EngineOption = None,
     meter: o.MeterOption = None,
+    data: o.DataOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the latest calibration that was stopped.")
     ] = False,
@@ -51,9 +52,9 @@ def calibrate(
 
     The table prices adapter directions and the blocks of a layer (attention, MLP) in full precision, in int8
     and off, and predicts whole generations in any mix of these. The int8 kernels are chosen first; generation
-    takes what was chosen. `train` and `harden` measure the prices that they need on the way where the store
-    has none for this device; one that was measured with another driver, library or kernel is refused until it
-    is renewed here.
+    takes what was chosen. Last come the sensitivities: what likelihood each block of the backbone is worth on
+    the training split. `train` and `harden` measure what they need on the way where the store has none for
+    this device; a table measured with another driver, library or kernel is refused until it is renewed here.
     """
     from hestctl.cli import out
     from hestctl.store.store import Store
@@ -72,6 +73,7 @@ def calibrate(
         backbone__dtype=dtype,
         generation__engine=engine,
         energy__meter=meter,
+        data__source=data,
     ).settings
     with out.reporting(quiet) as progress:
         done = work(settings, Store(settings.db), progress, resuming=resume, trace=trace)
@@ -212,7 +214,7 @@ def _show_blocks(done: Calibrated) -> None:
     if not rows:
         return
     out.table(
-        "one layer's blocks (off: 0 J)",
+        "one layer's blocks (off: nothing)",
         (
             "batch x beams",
             "prompt",

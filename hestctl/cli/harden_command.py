@@ -140,7 +140,14 @@ def _show_certificate(plan: Plan) -> None:
     assert most is not None
     out.table(
         "certificate: no sample of this many prompt tokens spends more",
-        ("batch x beams", "tokens", "bound J (predicted)", "E_max J", "of E_max", "directions affordable"),
+        (
+            "batch x beams",
+            "tokens",
+            "bound J (predicted)",
+            "E_max J (predicted)",
+            "of E_max",
+            "directions affordable",
+        ),
         [
             (
                 f"{row['batch_size']} x {row['num_beams']}",

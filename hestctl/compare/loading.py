@@ -74,6 +74,7 @@ class Config:
     controller: str = ""
     scope: str = ""
     budget: str = ""
+    control: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,8 @@ def config_of(run: Run) -> Config | None:
         return None
     ablated = run.precision == "fp16-only" or run.dual == "none" or run.controller == "unfactorised"
     role: Role
-    if _is_control(run):
+    control = _control(run)
+    if control:
         role = "control"
     elif method == "hest":
         role = "ablation" if ablated else "proposed"
@@ -200,11 +202,12 @@ def config_of(run: Run) -> Config | None:
         role = "base" if method == "base" else "baseline"
     scope = run.scope or "" if method in _BUDGETED else ""
     if method != "hest":
-        return Config(method, role, scope=scope)
+        return Config(method, role, scope=scope, control=control)
     budget = "" if run.emax_j is None else f"{run.emax_j:.4g} J predicted"
     if run.emax_ratio is not None:
         budget = f"{run.emax_ratio:g}"
-    return Config(method, role, run.precision or "", run.dual or "", run.controller or "", scope, budget)
+    names = run.precision or "", run.dual or "", run.controller or ""
+    return Config(method, role, *names, scope, budget, control)
 
 
 def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[SetApart]]:
@@ -257,7 +260,7 @@ def _label(config: Config, with_budget: bool) -> str:
     if config.controller == "unfactorised":
         parts.append("unfactorised")
     if config.role == "control":
-        parts.append("int8 control")
+        parts.append(f"{config.control} control")
     return " ".join(parts)
 
 
@@ -300,11 +303,20 @@ def _pooled(samples: Sequence[Samples]) -> Samples:
     )
 
 
-def _is_control(run: Run) -> bool:
-    backbone = run.settings.get("backbone")
-    if not isinstance(backbone, Mapping):
-        return False
-    return backbone.get("precision") == "int8" or bool(backbone.get("static_skip"))
+def _control(run: Run) -> str:
+    """What kind of control a run is: what fixed the states of its blocks; empty for one that is none."""
+    backbone, method = (run.settings.get(room) for room in ("backbone", "method"))
+    parts = []
+    if isinstance(backbone, Mapping):
+        if backbone.get("precision") == "int8":
+            parts.append("int8")
+        if backbone.get("skip_last"):
+            parts.append(f"last {backbone['skip_last']} off")
+    if not parts and isinstance(method, Mapping):
+        greedy = (method.get("name"), method.get("scope"), method.get("layers"))
+        if greedy == ("hest", "network", "greedy"):
+            parts.append("greedy")
+    return ", ".join(parts)
 
 
 def _mapping(value: Any) -> dict[str, Any]:

@@ -172,8 +172,8 @@ def refuse_unreachable(
     flag = f"--emax {rounded_up(emax_j):.6g}" if ratio is None else f"--emax-ratio {rounded_up(ratio):.6g}"
     raise HestError(
         f"the budget cannot be met: {what} takes {least.joules:.4g} J a sample of {least.prompt_tokens} + "
-        f"{least.new_tokens} tokens in a batch of {least.batch_size}, E_max there is {least.emax_j:.4g} J "
-        f"({100 * margin:.2g} % of it in reserve for the energy model's error)",
+        f"{least.new_tokens} tokens in a batch of {least.batch_size}, E_max there is {least.emax_j:.4g} J, "
+        f"both predicted ({100 * margin:.2g} % of it in reserve for the energy model's error)",
         f"{flag} is the least reachable here",
         Exit.OVER_BUDGET,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hestctl.calibration.measure import Calibration, as_document, from_document, table_key
+from hestctl.data.articles import load_splits
 from hestctl.energy.certificate import certify
 from hestctl.energy.check import MeterCheck, check_meter
 from hestctl.energy.meter import Meter
@@ -22,7 +23,7 @@ from hestctl.energy.replay import recording as recording_trace
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError, Interrupted
 from hestctl.kernels.choose import Choices
-from hestctl.model.backbone import load_backbone
+from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.progress import Progress
 from hestctl.records import Run
 from hestctl.runs import Recorder, new_run_id, recording, resume
@@ -30,9 +31,10 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.files import write_whole
 from hestctl.store.store import Store
+from hestctl.workflows.blocks import sensitivities_of
 from hestctl.workflows.engines import record_engine, with_kernels
 from hestctl.workflows.metering import find_counter, open_meter, record_table, settle, target_of
-from hestctl.workflows.setup import describe
+from hestctl.workflows.setup import decides_blocks, describe
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +160,25 @@ def calibrate(
             record_table(table, recorder, progress)
             engine = with_kernels(target.engine, table)
             record_engine(recorder.run, engine, engine.make(backbone, None, None))
+            _sensitivities(settings, backbone, store, recorder, progress)
     except Interrupted as error:
         error.hint = f"{error.hint}; the same command with --resume goes on"
         raise
     return Calibrated(recorder.run, table, certificate, check.as_dict(), check.verdicts())
+
+
+def _sensitivities(
+    settings: Settings, backbone: Backbone, store: Store, recorder: Recorder, progress: Progress
+) -> None:
+    """What the blocks are worth on the training split, where the budget will ask and the data are there."""
+    if not decides_blocks(settings):
+        return
+    try:
+        splits = load_splits(settings.data, seed=0)
+    except HestError as error:
+        progress.note(f"sensitivities: not measured, {error.message}; `train` measures them")
+        return
+    sensitivities_of(settings, backbone, splits, store, recorder, progress)
 
 
 def _stopped(store: Store) -> Run:

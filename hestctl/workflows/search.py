@@ -274,8 +274,9 @@ def _try_one(
         run = train(_tried(s, trial.params, goal), store, progress, part=part)
         outcome = _outcome(run, goal, study.budgeted, time.monotonic() - start_s)
     except HestError as error:
-        # A trial that diverges, or does not fit into memory, says something of its settings alone.
-        if error.exit_code != Exit.FAILED:
+        # A trial that diverges, does not fit into memory or cannot meet its budget says something of its
+        # settings alone.
+        if error.exit_code not in (Exit.FAILED, Exit.OVER_BUDGET):
             study.give_back(trial)
             raise
         outcome = Outcome(duration_s=time.monotonic() - start_s, error=error.message)

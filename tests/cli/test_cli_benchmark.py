@@ -87,7 +87,7 @@ def test_a_trained_run_is_taken_where_there_is_one(copied: Study) -> None:
         (("--method", "base", "--num-beams", "1,x"), "--num-beams takes whole numbers"),
         (("--num-beams", "1,2"), "one number without --method"),
         (("--method", "base", "--run", "train-x"), "exclude each other"),
-        (("--method", "base+int8+transformers"), "only hestctl's engine runs a backbone in int8"),
+        (("--method", "base+int8+transformers"), "only hestctl's engine saves joules by blocks in int8"),
     ],
 )
 def test_what_cannot_be_benchmarked(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:

@@ -17,6 +17,7 @@ from hestctl.workflows.train import train
 
 SMALL = (
     *TINY,
+    *("--set", "method.scope=adapter"),
     "-q",
     *("--epochs", "1"),
     *("--new-tokens", "4"),
@@ -212,14 +213,17 @@ def test_no_trial_as_good_as_the_baseline_is_a_budget_that_cannot_be_met(
     assert len(runs_of(copied.folder, "train")) == 2
 
 
-def test_a_trial_that_fails_does_not_end_the_search(copied: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [Exit.FAILED, Exit.OVER_BUDGET])
+def test_a_trial_that_fails_does_not_end_the_search(
+    copied: Study, monkeypatch: pytest.MonkeyPatch, code: Exit
+) -> None:
     calls: list[object] = []
 
     def fail_first(*arguments: Any, **more: Any) -> Any:
         part = more["part"]
         calls.append((part.search_id, part.trials))
         if len(calls) == 1:
-            raise HestError("training diverged at step 0")
+            raise HestError("training diverged at step 0", None, code)
         return train(*arguments, **more)
 
     monkeypatch.setattr(search, "train", fail_first)

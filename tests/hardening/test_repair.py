@@ -57,7 +57,7 @@ def logits_of(seed=0, low=2.0, high=1.0):
 
 def chosen(model, budget, logits, *, spend="useful", known=None, position_j=1e-5, margin=0.01, longest=None):
     blocks = Blocks(BlockStates.uniform(LAYERS), logits, known, spend)
-    lengths = Lengths.of([400, 600], budget, budget.max_new_tokens)
+    lengths = Lengths.of([400, 600], budget, budget.max_new_tokens, (1, 4096))
     return choose_blocks(
         model, budget, blocks, gate="ordinal", margin=margin, position_j=position_j, lengths=lengths
     )
@@ -187,7 +187,7 @@ def test_training_may_refuse_before_it_starts():
     model = SimulatedModel(LAYERS)
     for ratio, refused in ((0.02, True), (0.6, False)):
         budget = budget_of(model, ratio)
-        lengths = Lengths.of([400, 600], budget, 64)
+        lengths = Lengths.of([400, 600], budget, 64, (1, 4096))
         bills = least_base(model, budget, LAYERS, "ordinal")
         least = least_reachable(bills, 0.01, lengths)
         assert (least.factor > 1) == refused
@@ -236,3 +236,21 @@ def test_what_the_directions_decide_to_spend_is_left_to_them():
     states, _ = chosen(model, budget, logits_of(), spend="all", position_j=5e-3)
     assert worst_share(model, budget, states, position_j=5e-3) <= 0.99 * (1 + 1e-9)
     assert chosen(model, budget, logits_of(), spend="all", position_j=0.0)[0] != states
+
+
+def test_a_plan_answers_for_the_lengths_of_its_bound_alone():
+    model = SimulatedModel(LAYERS)
+    budget = budget_of(model, 0.6)
+    bills = least_base(model, budget, LAYERS, "ordinal")
+    factors = {
+        bound: least_reachable(bills, 0.01, Lengths.of([500], budget, 64, bound)).factor
+        for bound in ((1, 4096), (300, 4096), (300, 300))
+    }
+    everywhere, longer, one = factors.values()
+    assert everywhere > longer >= one
+    share = max(
+        total(bill.base, 300, new) / total(bill.emax.of(bill.batch_size), 300, new)
+        for bill in bills
+        for new in range(1, 65)
+    )
+    assert one == pytest.approx(share / 0.99)
