@@ -21,7 +21,8 @@ class BlockGate(nn.Module):
     """Ordinal logits of every block, as those of the directions: the argmax switches at c1 and at c2.
 
     Scores come from the controller's layer weights, in spreads from their centre; every block has its own
-    thresholds ``c1`` and ``c2 = c1 + softplus(gap)``, all of them one beta (in inverse spreads).
+    thresholds ``c1`` and ``c2 = c1 + softplus(gap)``, all of them one beta (in inverse spreads). ``off_L2``
+    remembers what leaving each block out costs (nats per answer token), as far as training has measured it.
     """
 
     def __init__(self, layers: int) -> None:
@@ -35,6 +36,8 @@ class BlockGate(nn.Module):
         self.register_buffer("settled_L", torch.full((layers,), math.nan))
         self.spread: Tensor
         self.settled_L: Tensor
+        self.register_buffer("off_L2", torch.full((layers, 2), math.nan))
+        self.off_L2: Tensor
 
     def start(self, score_L: Tensor, full_L2: Tensor, on_L2: Tensor) -> None:
         """Before step 0: margins of the scores over c2 (``full_L2``) and over c1 (``on_L2``, the larger).

@@ -29,8 +29,11 @@ from hestctl.model.spectral import applied, normalise
 from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
-from hestctl.training.network import BlockDraw, BlockTraining
+from hestctl.training.network import BlockDraw, BlockTraining, turned
 from hestctl.training.ranks import Ranks
+
+_SETTLE_ROWS, _SETTLE_EDGE, _SETTLE_ROUNDS = 4, 6, 4
+"""Samples, blocks on either side of the edge, and rounds of measuring when the blocks settle."""
 
 
 @dataclass(slots=True)
@@ -152,8 +155,8 @@ class Trainer:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
             started = time.perf_counter()
-            if self.blocks is not None:
-                self.blocks.settle(self.step)
+            if self.blocks is not None and self.blocks.due(self.step):
+                self._settle(self.blocks)
             totals = self._accumulate(rows)
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(
@@ -359,6 +362,38 @@ class Trainer:
         layer, block = drawn.probe
         sign = -1 if drawn.states.state(layer, block) == OFF else 1
         return sign * (turned - nll) / int(batch.answer_tokens.sum())
+
+    @torch.no_grad()
+    def _settle(self, blocks: BlockTraining) -> None:
+        """Fix the blocks' states; those at the edge are measured first, among the others as they will be.
+
+        Blocks are not worth the same together as each alone. What is left out moves the edge, hence several
+        rounds.
+        """
+        rows = self._rows[:_SETTLE_ROWS]
+        states = blocks.proposed()
+        for _ in range(_SETTLE_ROUNDS):
+            whole = self._decided_loss(rows, states)
+            for probe in blocks.edge(states, _SETTLE_EDGE):
+                sign = -1 if states.state(*probe) == OFF else 1
+                worth = sign * (self._decided_loss(rows, turned(states, probe)) - whole)
+                blocks.observe(probe, worth, memory=0.0)
+            before, states = states, blocks.proposed()
+            if states == before:
+                break
+        blocks.settle(self._ranks.told(states))
+
+    def _decided_loss(self, rows: Sequence[Encoded], states: BlockStates) -> float:
+        """Nats per answer token of these samples, the blocks in these states and the gates as they decide."""
+        total = 0.0
+        for row in rows:
+            batch = self._batch([row])
+            gates = None
+            if self.tuner.spectral is not None:
+                gates = GatePass(self.tuner.spectral, batch.attention_mask, self._costs_j, None)
+            with self._blocks_run(states), self._adapters_run(gates), self._precision():
+                total += float(answer_loss(self.backbone, batch))
+        return total / sum(len(row.answer_ids) for row in rows)
 
     def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:

@@ -22,12 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.energy.model import Terms
+from hestctl.model.blockgate import BlockGate
 from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, INT8, OFF, BlockStates
 
-_MEMORY = 0.5
-"""Weight of a new measurement against all earlier ones: the adapters heal, the others change."""
+_MEMORY = 0.75
+"""Weight of earlier measurements against one of a micro-batch, which is of few samples."""
+
+_TYPICAL = 256
+"""Tokens at which blocks' joules are compared: of one kind they have one price, whatever the lengths."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +68,23 @@ class BlockDraw(NamedTuple):
     def turned(self) -> BlockStates:
         """The states with the probed block off where it is on, and on where it is off."""
         assert self.probe is not None
-        layer, block = self.probe
-        on = INT8 if self.probability_L2S[layer, block, INT8:].argmax() == 0 else FULL
-        both = [list(self.states.attention), list(self.states.mlp)]
-        both[block][layer] = on if both[block][layer] == OFF else OFF
-        return BlockStates(tuple(both[0]), tuple(both[1]))
+        full = self.probability_L2S[self.probe][FULL] > self.probability_L2S[self.probe][INT8]
+        return turned(self.states, self.probe, FULL if full else INT8)
+
+
+def turned(states: BlockStates, probe: tuple[int, int], on: int = INT8) -> BlockStates:
+    """The states with one block off where it is on, and ``on`` where it is off."""
+    layer, block = probe
+    both = [list(states.attention), list(states.mlp)]
+    both[block][layer] = on if both[block][layer] == OFF else OFF
+    return BlockStates(tuple(both[0]), tuple(both[1]))
 
 
 class BlockTraining:
     """The blocks of one training: states that are drawn until ``settle_step``, and fixed from there on.
 
     ``fixed`` holds them from the beginning (controls). The budget tightens over ``tighten_steps`` after the
-    warm-up. ``choose`` turns logits (L, 2, S) into states that fit it; it is asked once, at ``settle_step``.
+    warm-up. ``choose`` turns a decision and sensitivities into states that fit it, at ``settle_step``.
     """
 
     def __init__(
@@ -88,7 +97,7 @@ class BlockTraining:
         fixed: BlockStates | None,
         tighten_steps: int,
         settle_step: int,
-        choose: Callable[[Tensor], BlockStates] | None,
+        choose: Callable[[BlockStates, Sensitivities], BlockStates] | None,
     ) -> None:
         self.prices = prices
         self.fixed = fixed
@@ -97,12 +106,11 @@ class BlockTraining:
         self._layers, self._gate, self._choose = layers, gate, choose
         self._settle_step = settle_step
         self._sensitivities = sensitivities
-        self._harm_L2, self._off_L2 = torch.zeros(layers, 2), torch.zeros(layers, 2)
+        self._harm_L2 = torch.zeros(layers, 2)
         if sensitivities is not None:
             known = sensitivities
             harms = [[known.int8_harms(layer, block) for block in range(2)] for layer in range(layers)]
             self._harm_L2 = torch.tensor(known.int8) * torch.tensor(harms)
-            self._off_L2 = torch.tensor(known.off)
 
     @property
     def learning(self) -> bool:
@@ -134,19 +142,46 @@ class BlockTraining:
         saved_2 = (cost_2S[:, FULL] - cost_2S[:, INT8]).clamp_min(1e-30)
         full_L2 = 0.75 + 1.25 * _ranks(int8_L2 / saved_2)
         on_L2 = full_L2 + 0.75 + 2.25 * _ranks(off_L2 / cost_2S[:, INT8].clamp_min(1e-30))
+        gate.blocks.off_L2.copy_(off_L2)
         score_L = gate.controller.layer_scores()
         gate.blocks.start(score_L, full_L2.to(score_L), on_L2.to(score_L))
 
-    def settle(self, step: int) -> None:
-        """Fix the states when ``step`` has come so far; before that step, and on every rank."""
-        if self.fixed is not None or step < self._settle_step:
-            return
+    def due(self, step: int) -> bool:
+        """Whether it is time to settle."""
+        return self.fixed is None and step >= self._settle_step
+
+    def learned(self) -> Sensitivities:
+        """The sensitivities with what training has measured of blocks that are off."""
+        known = self._sensitivities
+        assert known is not None
+        return known.with_off(self._blocks.off_L2)
+
+    def proposed(self) -> BlockStates:
+        """States that fit the budget, by what is known now."""
+        assert self._choose is not None
+        return self._choose(self.decided(), self.learned())
+
+    def edge(self, states: BlockStates, count: int) -> list[tuple[int, int]]:
+        """The blocks that are next: ``count`` that would be left out, and as many that would come back."""
+        cost_2 = self.prices.costs_j([_TYPICAL], _TYPICAL)[:, INT8].clamp_min(1e-30)
+        worth_L2 = self._blocks.off_L2.double().cpu() / cost_2
+        ranked = [divmod(i, 2) for i in worth_L2.flatten().argsort().tolist()]
+        on = [(layer, block) for layer, block in ranked if states.state(layer, block) != OFF]
+        off = [(layer, block) for layer, block in ranked if states.state(layer, block) == OFF]
+        return on[:count] + off[-count:]
+
+    def settle(self, states: BlockStates) -> None:
+        """Fix the states, and make them what the gate says."""
+        assert self._gate is not None
+        with torch.no_grad():
+            self.fixed = states
+            self._blocks.settle(self._gate.controller.layer_scores(), states)
+
+    @property
+    def _blocks(self) -> BlockGate:
         assert self._gate is not None
         assert self._gate.blocks is not None
-        assert self._choose is not None
-        with torch.no_grad():
-            self.fixed = self._choose(self._gate.block_logits())
-            self._gate.blocks.settle(self._gate.controller.layer_scores(), self.fixed)
+        return self._gate.blocks
 
     def draw(self, noise: GateNoise | None) -> BlockDraw:
         """This micro-batch's states."""
@@ -169,9 +204,13 @@ class BlockTraining:
         layer, block = divmod(int(rng.choice(len(weight), p=weight)), 2)
         return layer, block
 
-    def observe(self, probe: tuple[int, int], worth: float) -> None:
-        """Remember the loss with the probed block off less that with it on (nats a token)."""
-        self._off_L2[probe] += _MEMORY * (worth - self._off_L2[probe])
+    def observe(self, probe: tuple[int, int], worth: float, memory: float = _MEMORY) -> None:
+        """Remember the loss with the probed block off less that with it on (nats a token).
+
+        ``memory`` is the weight of what was known of it before.
+        """
+        known_L2 = self._blocks.off_L2
+        known_L2[probe] = memory * known_L2[probe] + (1 - memory) * worth
 
     def energy_j(
         self, draw: BlockDraw, prompt_tokens: Sequence[int], new_tokens: float
@@ -190,7 +229,7 @@ class BlockTraining:
             return 0.0
         p_L2S = draw.probability_L2S
         moved_L2S = p_L2S - p_L2S.detach()
-        off, int8 = self._off_L2.to(p_L2S), self._harm_L2.to(p_L2S)
+        off, int8 = self._blocks.off_L2.to(p_L2S), self._harm_L2.to(p_L2S)
         return (moved_L2S[..., OFF] * off + moved_L2S[..., INT8] * int8).sum()
 
     def decided(self) -> BlockStates:
@@ -203,14 +242,13 @@ class BlockTraining:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the settled states, if any, and where the budget began."""
         fixed = None if self.fixed is None else asdict(self.fixed)
-        return {"fixed": fixed, "first_ratio": self._first_ratio, "off": self._off_L2.tolist()}
+        return {"fixed": fixed, "first_ratio": self._first_ratio}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         fixed = state["fixed"]
         if fixed is not None:
             self.fixed = BlockStates(tuple(fixed["attention"]), tuple(fixed["mlp"]))
         self._first_ratio = state["first_ratio"]
-        self._off_L2 = torch.tensor(state["off"])
 
 
 def _states(state_L2: Tensor) -> BlockStates:
