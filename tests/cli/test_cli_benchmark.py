@@ -10,7 +10,10 @@ from cli_tools import TINY, Study, files_of, lines_of, run_cli
 
 from hestctl.errors import Exit
 
-SWEEP = ("profile", *TINY, "--seq-len", "32", "--new-tokens", "4", "--repeats", "2")
+SWEEP = (
+    *("profile", *TINY, "--seq-len", "32", "--new-tokens", "4", "--repeats", "2"),
+    *("--set", "method.scope=adapter"),
+)
 VARIANTS = "base,tabs,hest+int8,base+transformers"
 
 

@@ -17,7 +17,7 @@ from cli_tools import TINY, Outcome, Study, lines_of, run_child, run_cli
 from hestctl.errors import Exit
 
 LONG = (
-    *TINY,
+    *(*TINY, "--set", "method.scope=adapter"),
     "-q",
     "--max-tokens",
     "220",

@@ -321,7 +321,7 @@ def test_every_joule_in_the_store_says_its_kind(study: Study) -> None:
         joules = {name for name in by_table if any(re.search("(^|_)j(_|$)", c) for c in by_table[name])}
     # Steps and plans have no kind of their own. Which of all these joules are predicted, the store does not
     # tell: examples/joules.md does, and tests/test_docs.py holds it to every column.
-    assert joules == {"runs", "samples", "windows", "steps", "plans"}
+    assert joules == {"runs", "samples", "windows", "steps", "plans", "trials"}
 
 
 def test_csv_says_the_kind_of_its_joules(copied: Study) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -94,15 +95,15 @@ def rounded(backbone: Backbone, row: Encoded, layer: int, block: int, share: flo
     """The loss where that share of what int8 changes in a block's output is added to it."""
     part = getattr(backbone.layers[layer], LAST[block][0])
 
-    def move(module: torch.nn.Module, args: object, kwargs: object, output: object) -> object:
+    def move(module: torch.nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         linears = [one for one in module.modules() if isinstance(one, torch.nn.Linear)]
         for linear in linears:
             linear.forward = lambda x, one=linear: by_oracle(one, x)  # type: ignore[method-assign, misc]
-        changed = module.forward(*args, **kwargs)  # type: ignore[operator, misc]
+        changed = module.forward(*args, **kwargs)
         for linear in linears:
             del linear.forward
         plain, other = (out[0] if isinstance(out, tuple) else out for out in (output, changed))
-        moved = plain + share * (other - plain)  # type: ignore[operator]
+        moved = plain + share * (other - plain)
         return (moved, None) if isinstance(output, tuple) else moved
 
     hook = part.register_forward_hook(move, with_kwargs=True)
@@ -145,12 +146,13 @@ def test_off_by_gradients_is_half_the_fisher_information_along_the_block(
         for index, layer in enumerate(known.layers)
         for block in range(2)
     ]
-    known.layers[0].input_layernorm.weight.requires_grad_(True)  # else there is no graph
+    norm: Any = known.layers[0].input_layernorm
+    norm.weight.requires_grad_(True)  # else there is no graph
     loss = loss_of(known, row)
     slopes = torch.autograd.grad(loss, list(outputs.values()))
     for hook in hooks:
         hook.remove()
-    known.layers[0].input_layernorm.weight.requires_grad_(False)
+    norm.weight.requires_grad_(False)
     expected = [
         len(row.answer_ids) / 2 * float((g_BTD * d_BTD.detach()).sum(-1).pow(2).sum())
         for g_BTD, d_BTD in zip(slopes, outputs.values(), strict=True)
