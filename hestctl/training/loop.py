@@ -29,11 +29,11 @@ from hestctl.model.spectral import applied, normalise
 from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
-from hestctl.training.network import BlockDraw, BlockTraining, turned
+from hestctl.training.network import BlockDraw, BlockTraining
 from hestctl.training.ranks import Ranks
 
-_SETTLE_ROWS, _SETTLE_EDGE, _SETTLE_ROUNDS = 4, 6, 4
-"""Samples, blocks on either side of the edge, and rounds of measuring when the blocks settle."""
+_SETTLE_ROWS, _SETTLE_SWAPS = 6, 24
+"""Samples by which blocks settle, and how many swaps are tried."""
 
 
 @dataclass(slots=True)
@@ -365,22 +365,22 @@ class Trainer:
 
     @torch.no_grad()
     def _settle(self, blocks: BlockTraining) -> None:
-        """Fix the blocks' states; those at the edge are measured first, among the others as they will be.
+        """Fix the blocks' states: those that fit the budget, improved by swaps of blocks of one price.
 
-        Blocks are not worth the same together as each alone. What is left out moves the edge, hence several
-        rounds.
+        Blocks are not worth together what each is worth alone, so a swap is judged by the loss of all of
+        them in their states, and kept where that falls.
         """
+        rng = np.random.default_rng([self._settings.seed, self.step])
         rows = self._rows[:_SETTLE_ROWS]
         states = blocks.proposed()
-        for _ in range(_SETTLE_ROUNDS):
-            whole = self._decided_loss(rows, states)
-            for probe in blocks.edge(states, _SETTLE_EDGE):
-                sign = -1 if states.state(*probe) == OFF else 1
-                worth = sign * (self._decided_loss(rows, turned(states, probe)) - whole)
-                blocks.observe(probe, worth, memory=0.0)
-            before, states = states, blocks.proposed()
-            if states == before:
+        loss = self._decided_loss(rows, states)
+        for _ in range(_SETTLE_SWAPS):
+            tried = blocks.swap(states, rng)
+            if tried is None:
                 break
+            found = self._decided_loss(rows, tried)
+            if found < loss:
+                states, loss = tried, found
         blocks.settle(self._ranks.told(states))
 
     def _decided_loss(self, rows: Sequence[Encoded], states: BlockStates) -> float:

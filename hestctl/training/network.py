@@ -27,11 +27,11 @@ from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, INT8, OFF, BlockStates
 
-_MEMORY = 0.75
-"""Weight of earlier measurements against one of a micro-batch, which is of few samples."""
+_NEW = 0.25
+"""Weight of a measurement against all earlier ones: a micro-batch is few samples."""
 
-_TYPICAL = 256
-"""Tokens at which blocks' joules are compared: of one kind they have one price, whatever the lengths."""
+_LEAST = 10
+"""Blocks of a kind, by worth, from which a swap takes the one to leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,14 +161,21 @@ class BlockTraining:
         assert self._choose is not None
         return self._choose(self.decided(), self.learned())
 
-    def edge(self, states: BlockStates, count: int) -> list[tuple[int, int]]:
-        """The blocks that are next: ``count`` that would be left out, and as many that would come back."""
-        cost_2 = self.prices.costs_j([_TYPICAL], _TYPICAL)[:, INT8].clamp_min(1e-30)
-        worth_L2 = self._blocks.off_L2.double().cpu() / cost_2
-        ranked = [divmod(i, 2) for i in worth_L2.flatten().argsort().tolist()]
-        on = [(layer, block) for layer, block in ranked if states.state(layer, block) != OFF]
-        off = [(layer, block) for layer, block in ranked if states.state(layer, block) == OFF]
-        return on[:count] + off[-count:]
+    def swap(self, states: BlockStates, rng: np.random.Generator) -> BlockStates | None:
+        """One block that is off for one of its kind that is on, which costs the same joules.
+
+        Out goes one of those that seem to be worth least. None where no block is off, or all of a kind are.
+        """
+        worth_L2 = self._blocks.off_L2.cpu()
+        off = [(x, b) for b in range(2) for x in range(self._layers) if states.state(x, b) == OFF]
+        if not off:
+            return None
+        back = off[int(rng.integers(len(off)))]
+        on = [(x, back[1]) for x in range(self._layers) if states.state(x, back[1]) == INT8]
+        if not on:
+            return None
+        least = sorted(on, key=lambda place: float(worth_L2[place]))[:_LEAST]
+        return turned(turned(states, back), least[int(rng.integers(len(least)))])
 
     def settle(self, states: BlockStates) -> None:
         """Fix the states, and make them what the gate says."""
@@ -204,13 +211,10 @@ class BlockTraining:
         layer, block = divmod(int(rng.choice(len(weight), p=weight)), 2)
         return layer, block
 
-    def observe(self, probe: tuple[int, int], worth: float, memory: float = _MEMORY) -> None:
-        """Remember the loss with the probed block off less that with it on (nats a token).
-
-        ``memory`` is the weight of what was known of it before.
-        """
+    def observe(self, probe: tuple[int, int], worth: float) -> None:
+        """Remember the loss with the probed block off less that with it on (nats a token)."""
         known_L2 = self._blocks.off_L2
-        known_L2[probe] = memory * known_L2[probe] + (1 - memory) * worth
+        known_L2[probe] += _NEW * (worth - known_L2[probe])
 
     def energy_j(
         self, draw: BlockDraw, prompt_tokens: Sequence[int], new_tokens: float
