@@ -29,7 +29,7 @@ from hestctl.model.spectral import applied, normalise
 from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
-from hestctl.training.network import BlockDraw, BlockTraining
+from hestctl.training.network import BlockDraw, BlockTraining, Settlement
 from hestctl.training.ranks import Ranks
 
 _SETTLE_ROWS, _SETTLE_SWAPS = 6, 24
@@ -372,16 +372,22 @@ class Trainer:
         """
         rng = np.random.default_rng([self._settings.seed, self.step])
         rows = self._rows[:_SETTLE_ROWS]
-        states = blocks.proposed()
-        loss = self._decided_loss(rows, states)
+        decided, states = blocks.decided(), blocks.proposed()
+        first = loss = self._decided_loss(rows, states)
+        kept = 0
         for _ in range(_SETTLE_SWAPS):
             tried = blocks.swap(states, rng)
             if tried is None:
                 break
             found = self._decided_loss(rows, tried)
             if found < loss:
-                states, loss = tried, found
-        blocks.settle(self._ranks.told(states))
+                states, loss, kept = tried, found, kept + 1
+        prompts, emax_j = [len(row.prompt_ids) for row in rows], self._emax_j(rows) * len(rows)
+        found_j, settled_j = (
+            blocks.states_j(each, prompts, self._new_tokens) / emax_j for each in (decided, states)
+        )
+        told = Settlement(self.step, found_j, settled_j, kept, first, loss)
+        blocks.settle(*self._ranks.told((states, told)))
 
     def _decided_loss(self, rows: Sequence[Encoded], states: BlockStates) -> float:
         """Nats per answer token of these samples, the blocks in these states and the gates as they decide."""

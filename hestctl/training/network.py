@@ -80,6 +80,22 @@ def turned(states: BlockStates, probe: tuple[int, int], on: int = INT8) -> Block
     return BlockStates(tuple(both[0]), tuple(both[1]))
 
 
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How blocks settled before ``step``: from what the gates decided to what fits the budget.
+
+    Both are shares of E_max, directions apart; the losses (nats a token) are before and after ``swaps`` that
+    were kept.
+    """
+
+    step: int
+    decided_over_emax: float
+    settled_over_emax: float
+    swaps: int
+    loss_before: float
+    loss: float
+
+
 class BlockTraining:
     """The blocks of one training: states that are drawn until ``settle_step``, and fixed from there on.
 
@@ -103,6 +119,7 @@ class BlockTraining:
         self.fixed = fixed
         self._tighten_steps = tighten_steps
         self._first_ratio: float | None = None
+        self.settlement: Settlement | None = None
         self._layers, self._gate, self._choose = layers, gate, choose
         self._settle_step = settle_step
         self._sensitivities = sensitivities
@@ -177,11 +194,11 @@ class BlockTraining:
         least = sorted(on, key=lambda place: float(worth_L2[place]))[:_LEAST]
         return turned(turned(states, back), least[int(rng.integers(len(least)))])
 
-    def settle(self, states: BlockStates) -> None:
+    def settle(self, states: BlockStates, told: Settlement) -> None:
         """Fix the states, and make them what the gate says."""
         assert self._gate is not None
         with torch.no_grad():
-            self.fixed = states
+            self.fixed, self.settlement = states, told
             self._blocks.settle(self._gate.controller.layer_scores(), states)
 
     @property
@@ -227,6 +244,12 @@ class BlockTraining:
         best = F.one_hot(probability.argmax(-1), 3).double().sum(0).cpu()
         return expected, float((best * cost_2S).sum()) + rest_j
 
+    def states_j(self, states: BlockStates, prompt_tokens: Sequence[int], new_tokens: float) -> float:
+        """Joules of samples of these lengths in these states, summed."""
+        cost_2S = self.prices.costs_j(prompt_tokens, new_tokens)
+        blocks_j = (_one_hot(states).sum(0).double() * cost_2S).sum()
+        return float(blocks_j) + self.prices.rest_j(prompt_tokens, new_tokens)
+
     def worth(self, draw: BlockDraw) -> Tensor | float:
         """Zero, with the gradient of the expected loss (nats a token) by the blocks' probabilities."""
         if not self.learning:
@@ -246,13 +269,16 @@ class BlockTraining:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the settled states, if any, and where the budget began."""
         fixed = None if self.fixed is None else asdict(self.fixed)
-        return {"fixed": fixed, "first_ratio": self._first_ratio}
+        told = None if self.settlement is None else asdict(self.settlement)
+        return {"fixed": fixed, "first_ratio": self._first_ratio, "settlement": told}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         fixed = state["fixed"]
         if fixed is not None:
             self.fixed = BlockStates(tuple(fixed["attention"]), tuple(fixed["mlp"]))
         self._first_ratio = state["first_ratio"]
+        if state["settlement"] is not None:
+            self.settlement = Settlement(**state["settlement"])
 
 
 def _states(state_L2: Tensor) -> BlockStates:
