@@ -26,7 +26,8 @@ class Blocks:
 
     ``fixed`` are those that settings fix, or all full. Where ``sensitivities`` are given a budget decides
     instead, by them: it begins with what the gate's ``logits_L2S`` say, or with ``fixed``. ``spend`` is that
-    of the budget's settings; ``codes`` are int8 codes that are already there.
+    of the budget's settings; ``codes`` are int8 codes that are already there. ``int8`` false takes that state
+    from the offer.
     """
 
     fixed: BlockStates
@@ -34,6 +35,7 @@ class Blocks:
     sensitivities: Sensitivities | None = None
     spend: Literal["useful", "all"] = "useful"
     codes: Int8Codes | None = None
+    int8: bool = True
 
     @property
     def decided(self) -> BlockStates:
@@ -123,6 +125,7 @@ def choose_blocks(
         logits_L2S=blocks.logits_L2S,
         sensitivities=blocks.sensitivities,
         spend=blocks.spend,
+        int8=blocks.int8,
         fit_error=error,
         margin=max(margin, error),
         position_j=position_j,

@@ -210,6 +210,7 @@ def mend(
     logits_L2S: Tensor | None,
     sensitivities: Sensitivities,
     spend: Literal["useful", "all"],
+    int8: bool,
     fit_error: float,
     margin: float,
     position_j: float,
@@ -220,11 +221,11 @@ def mend(
     """The blocks' states within E_max at all lengths, and how each came by its own.
 
     ``prices`` and ``bills`` (for their E_max) are of the same batch sizes, rising; ``decided`` is where it
-    begins, and ``logits_L2S`` the gate's logits, for the record. ``position_j`` is what the directions decide
-    to spend per billed token position. First what is free: int8 where it does no measurable harm (``spend``
-    useful). Then blocks are demoted by the least likelihood per joule until the worst case fits, and promoted
-    again by the most as far as the rest goes. Raises HestError (exit 5) where nothing fits, usage
-    for what was not calibrated.
+    begins, and ``logits_L2S`` the gate's logits, for the record. ``int8`` false offers off and full alone.
+    ``position_j`` is what the directions decide to spend per billed token position. First what is free: int8
+    where it does no measurable harm (``spend`` useful). Then blocks are demoted by the least likelihood per
+    joule until the worst case fits, and promoted again by the most as far as the rest goes. Raises HestError
+    (exit 5) where nothing fits, usage for what was not calibrated.
     """
     off = [replace(bill, base=price.nothing) for bill, price in zip(bills, prices, strict=True)]
     refuse_unreachable(
@@ -239,7 +240,7 @@ def mend(
         terms = largest.component[block, state]
         return terms.total_j(lengths.prompt_tokens, lengths.new_tokens) / largest.batch_size
 
-    offered = [cost_j(block, INT8) * (1 + fit_error) < cost_j(block, FULL) for block in _ALL]
+    offered = [int8 and cost_j(block, INT8) * (1 + fit_error) < cost_j(block, FULL) for block in _ALL]
     held: list[_Block] = []
     for layer in range(decided.layers):
         for block in _ALL:

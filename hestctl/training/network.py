@@ -188,11 +188,12 @@ class BlockTraining:
         if not off:
             return None
         back = off[int(rng.integers(len(off)))]
-        on = [(x, back[1]) for x in range(self._layers) if states.state(x, back[1]) == INT8]
+        on = [(x, back[1]) for x in range(self._layers) if states.state(x, back[1]) == self._blocks.on]
         if not on:
             return None
         least = sorted(on, key=lambda place: float(worth_L2[place]))[:_LEAST]
-        return turned(turned(states, back), least[int(rng.integers(len(least)))])
+        out = least[int(rng.integers(len(least)))]
+        return turned(turned(states, back, self._blocks.on), out)
 
     def settle(self, states: BlockStates, told: Settlement) -> None:
         """Fix the states, and make them what the gate says."""

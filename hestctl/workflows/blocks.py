@@ -86,7 +86,7 @@ def deciding(settings: Settings, backbone: Backbone, tuner: Tuner, known: Sensit
         logits = gate.block_logits().detach().cpu()
         if not gate.blocks.off_L2.isnan().any():  # else it was never trained
             known = known.with_off(gate.blocks.off_L2)
-    return Blocks(fixed, logits, known, settings.budget.spend)
+    return Blocks(fixed, logits, known, settings.budget.spend, int8=settings.method.precision == "mixed")
 
 
 def training_blocks(
@@ -114,7 +114,7 @@ def training_blocks(
         states, _ = choose_blocks(
             whole_model(table.model, budget.batch_size, budget.num_beams),
             budget,
-            Blocks(decided, None, by, s.spend),
+            Blocks(decided, None, by, s.spend, int8=settings.method.precision == "mixed"),
             gate="ordinal",
             margin=s.margin,
             position_j=predicted_tabs_j(layers, settings.method.rank, table.full.joules),
