@@ -22,6 +22,7 @@ from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
 from hestctl.hardening.plan import Plan
 from hestctl.model.methods import build_tuner
+from hestctl.model.sensitivity import uniform
 from hestctl.records import FULL, INT8, OFF, BlockStates
 from hestctl.settings import GenerationSettings, MethodSettings
 
@@ -77,7 +78,7 @@ def hardened(
     if blocks is None and name == "hest":
         logits = torch.tensor([0.0, 2.0, 3.0]).repeat(backbone.num_layers, 2, 1)
         logits += torch.rand(logits.shape, generator=torch.Generator().manual_seed(1))
-        blocks = Blocks(BlockStates.uniform(backbone.num_layers), logits, None, spend)
+        blocks = Blocks(BlockStates.uniform(backbone.num_layers), logits, uniform(backbone), spend)
     if budget is None and name == "hest":
         budget = budget_of(model, ratio)
     plan = harden(

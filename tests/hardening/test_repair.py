@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from simulated_model import SimulatedModel, total
 from hestctl.budget import resolve_budget
 from hestctl.errors import Exit, HestError
 from hestctl.hardening.network import Blocks, choose_blocks, least_base
-from hestctl.hardening.repair import Lengths, greedy_logits, least_reachable, refuse_unreachable
+from hestctl.hardening.repair import Lengths, least_reachable, refuse_unreachable
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, INT8, OFF, BlockStates
 
@@ -55,8 +56,8 @@ def logits_of(seed=0, low=2.0, high=1.0):
     return torch.stack((torch.zeros_like(on), on, on + full), -1)
 
 
-def chosen(model, budget, logits, *, spend="useful", known=None, position_j=1e-5, margin=0.01, longest=None):
-    blocks = Blocks(BlockStates.uniform(LAYERS), logits, known, spend)
+def chosen(model, budget, logits, *, spend="useful", known=None, position_j=1e-5, margin=0.01, int8=True):
+    blocks = Blocks(BlockStates.uniform(LAYERS), logits, known or sensitivities(), spend, int8=int8)
     lengths = Lengths.of([400, 600], budget, budget.max_new_tokens, (1, 4096))
     return choose_blocks(
         model, budget, blocks, gate="ordinal", margin=margin, position_j=position_j, lengths=lengths
@@ -117,8 +118,8 @@ def test_int8_without_measurable_harm_is_free_and_stays_so():
     states, _ = chosen(model, budget, logits_of(), known=known, spend="all")
     assert states.all_full
     # What nobody knows counts as harm.
-    for unknown in (None, sensitivities(int8=0.0, kind="uniform")):
-        assert chosen(model, budget, logits_of(), known=unknown)[0].all_full
+    unknown = sensitivities(int8=0.0, kind="uniform")
+    assert chosen(model, budget, logits_of(), known=unknown)[0].all_full
 
 
 def test_int8_that_saves_nothing_is_dropped():
@@ -131,15 +132,44 @@ def test_int8_that_saves_nothing_is_dropped():
     assert OFF in tight.attention or INT8 in tight.mlp
 
 
-def test_what_costs_least_per_joule_goes_first():
+def worth_of(known, *, off=None, int8=None):
+    """The same sensitivities with single blocks' values replaced: {(layer, block): nats}."""
+
+    def with_(pairs, changes):
+        rows = [list(pair) for pair in pairs]
+        for (layer, block), value in (changes or {}).items():
+            rows[layer][block] = value
+        return tuple(map(tuple, rows))
+
+    return replace(known, off=with_(known.off, off), int8=with_(known.int8, int8))
+
+
+def test_what_costs_least_likelihood_per_joule_goes_first():
     model, budget = SimulatedModel(LAYERS), budget_of(SimulatedModel(LAYERS), 0.97)
-    logits = logits_of(high=3.0)
-    logits[3, 1, FULL] = logits[3, 1, INT8] + 1e-3
-    states, choices = chosen(model, budget, logits, spend="all")
+    known = worth_of(sensitivities(int8=0.1), int8={(3, 1): 1e-4})
+    # The gate's own margins have no say: the last thing it would give up goes first.
+    logits = logits_of()
+    logits[3, 1, FULL] += 50
+    states, choices = chosen(model, budget, logits, spend="all", known=known)
     assert states.mlp[3] == INT8
     assert choices[3][1].why == "budget"
     assert choices[3][1].decided == FULL
     assert states.counts()[1] == (0, 1, LAYERS - 1)
+
+
+def test_a_small_harm_of_int8_goes_before_a_block_is_left_out():
+    model = SimulatedModel(LAYERS)
+    known = sensitivities(int8=1e-3, off=0.3, error=0.0)
+    states, _ = chosen(model, budget_of(model, 0.7), logits_of(), known=known)
+    assert OFF not in states.attention + states.mlp
+    assert INT8 in states.mlp
+
+
+def test_without_int8_on_offer_blocks_are_off_or_full():
+    model = SimulatedModel(LAYERS)
+    states, _ = chosen(model, budget_of(model, 0.7), logits_of(), int8=False)
+    assert INT8 not in states.attention + states.mlp
+    assert OFF in states.attention + states.mlp
 
 
 def test_a_choice_tells_scores_joules_and_harm():
@@ -209,11 +239,12 @@ def test_the_margin_is_the_models_error_where_that_is_larger():
     assert worst_share(model, budget, states) <= 0.92 * (1 + 1e-9)
 
 
-def test_greedy_logits_demote_the_least_sensitive_first():
+def test_a_choice_without_a_gate_begins_with_everything_at_full():
     known = sensitivities(int8=0.05, off=0.5, seed=3)
     model = SimulatedModel(LAYERS)
-    states, _ = chosen(model, budget_of(model, 0.8), greedy_logits(known), spend="all")
-    assert torch.equal(greedy_logits(known).argmax(-1), torch.full((LAYERS, 2), FULL))
+    states, choices = chosen(model, budget_of(model, 0.8), None, spend="all", known=known)
+    assert {c.decided for pair in choices for c in pair} == {FULL}
+    assert {c.margins for pair in choices for c in pair} == {None}
     lowered = [known.int8[i][1] for i in range(LAYERS) if states.mlp[i] != FULL]
     kept = [known.int8[i][1] for i in range(LAYERS) if states.mlp[i] == FULL]
     assert lowered
