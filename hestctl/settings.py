@@ -169,8 +169,8 @@ class BudgetSettings(_Section):
     longest: int | None = Field(default=None, ge=1)
     sensitivity: Literal["gradient", "exact"] = "gradient"
     sensitivity_samples: int = Field(default=8, ge=2)
-    tighten: float = Field(default=0.25, ge=0, le=1)
-    settle: float = Field(default=0.5, ge=0, le=1)
+    tighten: float = Field(default=0.15, ge=0, le=1)
+    settle: float = Field(default=0.2, ge=0, le=1)
 
 
 class TrainSettings(_Section):

@@ -25,7 +25,9 @@ def train(
     emax_ratio: o.EmaxRatioOption = None,
     emax: o.EmaxOption = None,
     reference: o.ReferenceOption = None,
-    scope: Annotated[str | None, typer.Option(help="What the budget covers: adapter.")] = None,
+    scope: Annotated[
+        str | None, typer.Option(help="What a budget covers: network (whole generations) or adapter.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="mixed, or fp16-only (no int8 state).")] = None,
     dual: Annotated[
         str | None, typer.Option(help="Multiplier: pi, clamp, plain, or none (a fixed soft penalty).")

@@ -24,9 +24,10 @@ from hestctl.records import FULL, OFF, BlockStates
 class Blocks:
     """What the states of the backbone's blocks are decided by, besides joules.
 
-    ``fixed`` are those that settings fix, or all full. ``logits_L2S``, where it is given, decides instead:
-    the gate's, or those of a choice by sensitivity. ``spend`` is that of the budget's settings; ``codes`` are
-    int8 codes that are already there.
+    ``fixed`` are those that settings fix, or all full. Where ``sensitivities`` are given a budget decides
+    instead, by them: it begins with what the gate's ``logits_L2S`` say, or with ``fixed``. ``spend`` is that
+    of the budget's settings; ``codes`` are int8 codes that are already there. ``int8`` false takes that state
+    from the offer.
     """
 
     fixed: BlockStates
@@ -34,6 +35,7 @@ class Blocks:
     sensitivities: Sensitivities | None = None
     spend: Literal["useful", "all"] = "useful"
     codes: Int8Codes | None = None
+    int8: bool = True
 
     @property
     def decided(self) -> BlockStates:
@@ -76,11 +78,12 @@ def settle(
     sizes = calibrated_sizes(known, beams, batch_size)
     margin = max(plan.margin, fit_error(known, beams, sizes))
     expected = decided = None
-    if blocks.logits_L2S is None or budget is None:
+    if blocks.sensitivities is None or budget is None:
         states, choices = blocks.decided, _kept(known, sizes[-1], beams, blocks, lengths)
     else:
         prices = Prices.of(known, sizes[-1], beams, blocks.fixed.layers, gate)
-        expected, decided = prices.expected(blocks.logits_L2S), prices.base(blocks.decided)
+        decided = prices.base(blocks.decided)
+        expected = decided if blocks.logits_L2S is None else prices.expected(blocks.logits_L2S)
         states, choices = choose_blocks(
             known, budget, blocks, gate=gate, margin=plan.margin, position_j=position_j, lengths=lengths
         )
@@ -91,7 +94,7 @@ def settle(
         )
         for size in sizes
     )
-    if budget is not None and blocks.logits_L2S is None:
+    if budget is not None and blocks.sensitivities is None:
         what = "the network, its blocks as the settings fix them,"
         refuse_unreachable(bills, margin, lengths, emax_j=budget.emax_j, ratio=budget.ratio, what=what)
     mended = replace(plan, margin=margin, bills=bills, blocks=states, choices=choices)
@@ -108,19 +111,21 @@ def choose_blocks(
     position_j: float,
     lengths: Lengths,
 ) -> tuple[BlockStates, tuple[tuple[BlockChoice, BlockChoice], ...]]:
-    """States within the budget by ``blocks.logits_L2S``, and how each block came by its own.
+    """States within the budget by ``blocks.sensitivities``, and how each block came by its own.
 
     ``margin`` is that of the settings, ``position_j`` as for ``settle``, and so are the errors.
     """
-    assert blocks.logits_L2S is not None
+    assert blocks.sensitivities is not None
     sizes = [bill.batch_size for bill in budget.bills]
     error = fit_error(model, budget.num_beams, sizes)
     return mend(
         [Prices.of(model, size, budget.num_beams, blocks.fixed.layers, gate) for size in sizes],
         budget.bills,
-        blocks.logits_L2S,
+        blocks.decided,
+        logits_L2S=blocks.logits_L2S,
         sensitivities=blocks.sensitivities,
         spend=blocks.spend,
+        int8=blocks.int8,
         fit_error=error,
         margin=max(margin, error),
         position_j=position_j,

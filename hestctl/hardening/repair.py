@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from hestctl.budget import Bill, Budget, by_new_tokens, calibrated, most_j
@@ -181,26 +180,37 @@ def refuse_unreachable(
 
 @dataclass(slots=True)
 class _Block:
-    """One block while it is mended. ``logit_S`` are its gate's logits."""
+    """One block while it is mended: what each state loses (nats a token), and its gate's logits."""
 
     layer: int
     block: int
     decided: int
     state: int
     why: Why
-    logit_S: tuple[float, float, float]
+    loss_S: tuple[float, float, float]
+    logit_S: tuple[float, float, float] | None
 
-    def margin(self, low: int, high: int) -> float:
-        return self.logit_S[high] - self.logit_S[low]
+    def worth(self, low: int, high: int) -> float:
+        """What the higher state gains over the lower (nats a token)."""
+        return self.loss_S[low] - self.loss_S[high]
+
+    def margins(self) -> tuple[float, float] | None:
+        """The gate's log-odds of full over int8, and of on over off."""
+        if self.logit_S is None:
+            return None
+        off, int8, full = self.logit_S
+        return full - int8, max(int8, full) - off
 
 
 def mend(
     prices: Sequence[Prices],
     bills: Sequence[Bill],
-    logits_L2S: Tensor,
+    decided: BlockStates,
     *,
-    sensitivities: Sensitivities | None,
+    logits_L2S: Tensor | None,
+    sensitivities: Sensitivities,
     spend: Literal["useful", "all"],
+    int8: bool,
     fit_error: float,
     margin: float,
     position_j: float,
@@ -210,12 +220,12 @@ def mend(
 ) -> tuple[BlockStates, tuple[tuple[BlockChoice, BlockChoice], ...]]:
     """The blocks' states within E_max at all lengths, and how each came by its own.
 
-    ``prices`` and ``bills`` (for their E_max) are of the same batch sizes, rising; ``logits_L2S`` the gates'
-    logits, or minus the loss of each state for a choice by sensitivity. ``position_j`` is what the directions
-    decide to spend per billed token position. First what is free: int8 where it does no measurable harm
-    (``spend`` useful). Then blocks are demoted by the least margin per joule until the worst case fits, and
-    promoted again by the most as far as the rest goes. Raises HestError (exit 5) where nothing fits, usage
-    for what was not calibrated.
+    ``prices`` and ``bills`` (for their E_max) are of the same batch sizes, rising; ``decided`` is where it
+    begins, and ``logits_L2S`` the gate's logits, for the record. ``int8`` false offers off and full alone.
+    ``position_j`` is what the directions decide to spend per billed token position. First what is free: int8
+    where it does no measurable harm (``spend`` useful). Then blocks are demoted by the least likelihood per
+    joule until the worst case fits, and promoted again by the most as far as the rest goes. Raises HestError
+    (exit 5) where nothing fits, usage for what was not calibrated.
     """
     off = [replace(bill, base=price.nothing) for bill, price in zip(bills, prices, strict=True)]
     refuse_unreachable(
@@ -230,13 +240,15 @@ def mend(
         terms = largest.component[block, state]
         return terms.total_j(lengths.prompt_tokens, lengths.new_tokens) / largest.batch_size
 
-    offered = [cost_j(block, INT8) * (1 + fit_error) < cost_j(block, FULL) for block in _ALL]
+    offered = [int8 and cost_j(block, INT8) * (1 + fit_error) < cost_j(block, FULL) for block in _ALL]
     held: list[_Block] = []
-    for layer, rows in enumerate(logits_L2S.double().tolist()):
-        for block, logits in enumerate(rows):
-            decided = int(np.argmax(logits))
-            held.append(_Block(layer, block, decided, decided, "gate", tuple(logits)))
-    harms = [sensitivities is None or sensitivities.int8_harms(b.layer, b.block) for b in held]
+    for layer in range(decided.layers):
+        for block in _ALL:
+            state = decided.state(layer, block)
+            losses = sensitivities.off[layer][block], sensitivities.int8[layer][block], 0.0
+            logits = None if logits_L2S is None else tuple(logits_L2S[layer, block].tolist())
+            held.append(_Block(layer, block, state, state, "gate", losses, logits))
+    harms = [sensitivities.int8_harms(b.layer, b.block) for b in held]
     for b, harm in zip(held, harms, strict=True):
         if b.state == INT8 and not offered[b.block]:
             b.state, b.why = FULL, "dear"
@@ -249,12 +261,12 @@ def mend(
         return _fits(tried, margin, lengths, position_j)
 
     def step(b: _Block, direction: int) -> tuple[int, float, float]:
-        """The next state offered in a direction, the gate's margin between the two, and their joules."""
+        """The next state offered in a direction, what the higher of the two gains, and their joules."""
         state = b.state + direction
         if state == INT8 and not offered[b.block]:
             state += direction
         low, high = min(b.state, state), max(b.state, state)
-        return state, b.margin(low, high), cost_j(b.block, high) - cost_j(b.block, low)
+        return state, b.worth(low, high), cost_j(b.block, high) - cost_j(b.block, low)
 
     while not fits():
         moves = [(*step(b, -1), b) for b in held if b.state != OFF]
@@ -279,28 +291,20 @@ def mend(
     return _told(held, cost_j, sensitivities)
 
 
-def greedy_logits(sensitivities: Sensitivities) -> Tensor:
-    """Logits (L, 2, S) with which ``mend`` chooses by sensitivity alone: minus each state's loss increase."""
-    off_L2 = torch.tensor(sensitivities.off, dtype=torch.float64)
-    int8_L2 = torch.tensor(sensitivities.int8, dtype=torch.float64)
-    return -torch.stack((off_L2, int8_L2, torch.zeros_like(off_L2)), -1)
-
-
 def _told(
-    held: Sequence[_Block], cost_j: _CostJ, sensitivities: Sensitivities | None
+    held: Sequence[_Block], cost_j: _CostJ, sensitivities: Sensitivities
 ) -> tuple[BlockStates, tuple[tuple[BlockChoice, BlockChoice], ...]]:
     told = []
     for b in held:
-        on = max(b.logit_S[INT8], b.logit_S[FULL]) - b.logit_S[OFF]
         saved_j = cost_j(b.block, FULL) - cost_j(b.block, b.state)
         told.append(
             BlockChoice(
                 b.state,
                 b.decided,
                 b.why,
-                (b.margin(INT8, FULL), on),
+                b.margins(),
                 saved_j,
-                None if sensitivities is None else sensitivities.harm(b.layer, b.block),
+                sensitivities.harm(b.layer, b.block),
             )
         )
     return _states(held), tuple(zip(told[::2], told[1::2], strict=True))
@@ -310,9 +314,9 @@ def _states(held: Sequence[_Block]) -> BlockStates:
     return BlockStates(tuple(b.state for b in held[::2]), tuple(b.state for b in held[1::2]))
 
 
-def _per_joule(margin: float, joules: float) -> float:
+def _per_joule(worth: float, joules: float) -> float:
     """A block that saves nothing is never worth demoting, and always worth having."""
-    return margin / joules if joules > 0 else math.inf
+    return worth / joules if joules > 0 else math.inf
 
 
 def _scaled(bills: Sequence[Bill], factor: float) -> list[Bill]:

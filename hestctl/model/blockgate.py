@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hestctl.records import FULL, OFF, BlockStates
+from hestctl.records import FULL, INT8, OFF, BlockStates
 
 _EDGE = 0.05
 """Spreads by which a settled state holds."""
@@ -21,11 +21,17 @@ class BlockGate(nn.Module):
     """Ordinal logits of every block, as those of the directions: the argmax switches at c1 and at c2.
 
     Scores come from the controller's layer weights, in spreads from their centre; every block has its own
-    thresholds ``c1`` and ``c2 = c1 + softplus(gap)``, all of them one beta (in inverse spreads).
+    thresholds ``c1`` and ``c2 = c1 + softplus(gap)``, all of them one beta (in inverse spreads). ``off_L2``
+    remembers what leaving each block out costs (nats per answer token), as far as training has measured it.
+    ``int8`` false takes that state from the offer.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, *, int8: bool = True) -> None:
         super().__init__()
+        self.on = INT8 if int8 else FULL
+        barred = torch.tensor([0.0, 0.0 if int8 else -math.inf, 0.0])
+        self.register_buffer("barred_S", barred, persistent=False)
+        self.barred_S: Tensor
         self.threshold = nn.Parameter(torch.full((layers, 2), -3.0))
         self.gap = nn.Parameter(torch.full((layers, 2), math.log(math.e - 1)))
         self.log_beta = nn.Parameter(torch.tensor(math.log(4.0)))
@@ -35,6 +41,8 @@ class BlockGate(nn.Module):
         self.register_buffer("settled_L", torch.full((layers,), math.nan))
         self.spread: Tensor
         self.settled_L: Tensor
+        self.register_buffer("off_L2", torch.full((layers, 2), math.nan))
+        self.off_L2: Tensor
 
     def start(self, score_L: Tensor, full_L2: Tensor, on_L2: Tensor) -> None:
         """Before step 0: margins of the scores over c2 (``full_L2``) and over c1 (``on_L2``, the larger).
@@ -72,4 +80,5 @@ class BlockGate(nn.Module):
         score_L = torch.where(self.settled_L.isnan(), score_L, self.settled_L)
         low_L2 = self.normal(score_L)[:, None] - self.threshold
         high_L2 = 2 * low_L2 - F.softplus(self.gap)
-        return self.log_beta.exp() * torch.stack((torch.zeros_like(low_L2), low_L2, high_L2), -1)
+        stacked = torch.stack((torch.zeros_like(low_L2), low_L2, high_L2), -1)
+        return self.log_beta.exp() * stacked + self.barred_S

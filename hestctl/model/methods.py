@@ -165,7 +165,7 @@ def build_gate(
         return StaticGate(layers, settings.rank)
     kind = FactorisedController if settings.controller == "factorised" else UnfactorisedController
     controller = kind(layers, hidden, settings.controller_width, generator)
-    blocks = BlockGate(layers) if learns_blocks else None
+    blocks = BlockGate(layers, int8=settings.precision == "mixed") if learns_blocks else None
     return OrdinalGate(controller, layers, settings.rank, tau=settings.tau, states=offered, blocks=blocks)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -52,6 +52,10 @@ class Sensitivities:
     def harm(self, layer: int, block: int) -> tuple[float, float] | None:
         """What (int8, off) costs this block alone; None where nobody knows."""
         return None if self.kind == "uniform" else (self.int8[layer][block], self.off[layer][block])
+
+    def with_off(self, off_L2: Tensor) -> Sensitivities:
+        """The same with other loss increases of blocks left out, (L, 2)."""
+        return replace(self, off=tuple((a, m) for a, m in off_L2.tolist()))
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

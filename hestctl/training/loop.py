@@ -29,8 +29,11 @@ from hestctl.model.spectral import applied, normalise
 from hestctl.records import OFF, BlockStates, StepMetric
 from hestctl.settings import TrainSettings
 from hestctl.training.gatepass import GatePass
-from hestctl.training.network import BlockDraw, BlockTraining
+from hestctl.training.network import BlockDraw, BlockTraining, Settlement
 from hestctl.training.ranks import Ranks
+
+_SETTLE_ROWS, _SETTLE_SWAPS = 6, 24
+"""Samples by which blocks settle, and how many swaps are tried."""
 
 
 @dataclass(slots=True)
@@ -152,8 +155,8 @@ class Trainer:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
             started = time.perf_counter()
-            if self.blocks is not None:
-                self.blocks.settle(self.step)
+            if self.blocks is not None and self.blocks.due(self.step):
+                self._settle(self.blocks)
             totals = self._accumulate(rows)
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(
@@ -359,6 +362,44 @@ class Trainer:
         layer, block = drawn.probe
         sign = -1 if drawn.states.state(layer, block) == OFF else 1
         return sign * (turned - nll) / int(batch.answer_tokens.sum())
+
+    @torch.no_grad()
+    def _settle(self, blocks: BlockTraining) -> None:
+        """Fix the blocks' states: those that fit the budget, improved by swaps of blocks of one price.
+
+        Blocks are not worth together what each is worth alone, so a swap is judged by the loss of all of
+        them in their states, and kept where that falls.
+        """
+        rng = np.random.default_rng([self._settings.seed, self.step])
+        rows = self._rows[:_SETTLE_ROWS]
+        decided, states = blocks.decided(), blocks.proposed()
+        first = loss = self._decided_loss(rows, states)
+        kept = 0
+        for _ in range(_SETTLE_SWAPS):
+            tried = blocks.swap(states, rng)
+            if tried is None:
+                break
+            found = self._decided_loss(rows, tried)
+            if found < loss:
+                states, loss, kept = tried, found, kept + 1
+        prompts, emax_j = [len(row.prompt_ids) for row in rows], self._emax_j(rows) * len(rows)
+        found_j, settled_j = (
+            blocks.states_j(each, prompts, self._new_tokens) / emax_j for each in (decided, states)
+        )
+        told = Settlement(self.step, found_j, settled_j, kept, first, loss)
+        blocks.settle(*self._ranks.told((states, told)))
+
+    def _decided_loss(self, rows: Sequence[Encoded], states: BlockStates) -> float:
+        """Nats per answer token of these samples, the blocks in these states and the gates as they decide."""
+        total = 0.0
+        for row in rows:
+            batch = self._batch([row])
+            gates = None
+            if self.tuner.spectral is not None:
+                gates = GatePass(self.tuner.spectral, batch.attention_mask, self._costs_j, None)
+            with self._blocks_run(states), self._adapters_run(gates), self._precision():
+                total += float(answer_loss(self.backbone, batch))
+        return total / sum(len(row.answer_ids) for row in rows)
 
     def _gates(self, batch: TrainBatch, noise: GateNoise) -> GatePass | None:
         if self.tuner.spectral is None:

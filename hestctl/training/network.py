@@ -22,12 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hestctl.energy.model import Terms
+from hestctl.model.blockgate import BlockGate
 from hestctl.model.gates import GateNoise, OrdinalGate
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, INT8, OFF, BlockStates
 
-_MEMORY = 0.5
-"""Weight of a new measurement against all earlier ones: the adapters heal, the others change."""
+_NEW = 0.25
+"""Weight of a measurement against all earlier ones: a micro-batch is few samples."""
+
+_LEAST = 10
+"""Blocks of a kind, by worth, from which a swap takes the one to leave out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +68,39 @@ class BlockDraw(NamedTuple):
     def turned(self) -> BlockStates:
         """The states with the probed block off where it is on, and on where it is off."""
         assert self.probe is not None
-        layer, block = self.probe
-        on = INT8 if self.probability_L2S[layer, block, INT8:].argmax() == 0 else FULL
-        both = [list(self.states.attention), list(self.states.mlp)]
-        both[block][layer] = on if both[block][layer] == OFF else OFF
-        return BlockStates(tuple(both[0]), tuple(both[1]))
+        full = self.probability_L2S[self.probe][FULL] > self.probability_L2S[self.probe][INT8]
+        return turned(self.states, self.probe, FULL if full else INT8)
+
+
+def turned(states: BlockStates, probe: tuple[int, int], on: int = INT8) -> BlockStates:
+    """The states with one block off where it is on, and ``on`` where it is off."""
+    layer, block = probe
+    both = [list(states.attention), list(states.mlp)]
+    both[block][layer] = on if both[block][layer] == OFF else OFF
+    return BlockStates(tuple(both[0]), tuple(both[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How blocks settled before ``step``: from what the gates decided to what fits the budget.
+
+    Both are shares of E_max, directions apart; the losses (nats a token) are before and after ``swaps`` that
+    were kept.
+    """
+
+    step: int
+    decided_over_emax: float
+    settled_over_emax: float
+    swaps: int
+    loss_before: float
+    loss: float
 
 
 class BlockTraining:
     """The blocks of one training: states that are drawn until ``settle_step``, and fixed from there on.
 
     ``fixed`` holds them from the beginning (controls). The budget tightens over ``tighten_steps`` after the
-    warm-up. ``choose`` turns logits (L, 2, S) into states that fit it; it is asked once, at ``settle_step``.
+    warm-up. ``choose`` turns a decision and sensitivities into states that fit it, at ``settle_step``.
     """
 
     def __init__(
@@ -88,21 +113,21 @@ class BlockTraining:
         fixed: BlockStates | None,
         tighten_steps: int,
         settle_step: int,
-        choose: Callable[[Tensor], BlockStates] | None,
+        choose: Callable[[BlockStates, Sensitivities], BlockStates] | None,
     ) -> None:
         self.prices = prices
         self.fixed = fixed
         self._tighten_steps = tighten_steps
         self._first_ratio: float | None = None
+        self.settlement: Settlement | None = None
         self._layers, self._gate, self._choose = layers, gate, choose
         self._settle_step = settle_step
         self._sensitivities = sensitivities
-        self._harm_L2, self._off_L2 = torch.zeros(layers, 2), torch.zeros(layers, 2)
+        self._harm_L2 = torch.zeros(layers, 2)
         if sensitivities is not None:
             known = sensitivities
             harms = [[known.int8_harms(layer, block) for block in range(2)] for layer in range(layers)]
             self._harm_L2 = torch.tensor(known.int8) * torch.tensor(harms)
-            self._off_L2 = torch.tensor(known.off)
 
     @property
     def learning(self) -> bool:
@@ -134,19 +159,54 @@ class BlockTraining:
         saved_2 = (cost_2S[:, FULL] - cost_2S[:, INT8]).clamp_min(1e-30)
         full_L2 = 0.75 + 1.25 * _ranks(int8_L2 / saved_2)
         on_L2 = full_L2 + 0.75 + 2.25 * _ranks(off_L2 / cost_2S[:, INT8].clamp_min(1e-30))
+        gate.blocks.off_L2.copy_(off_L2)
         score_L = gate.controller.layer_scores()
         gate.blocks.start(score_L, full_L2.to(score_L), on_L2.to(score_L))
 
-    def settle(self, step: int) -> None:
-        """Fix the states when ``step`` has come so far; before that step, and on every rank."""
-        if self.fixed is not None or step < self._settle_step:
-            return
+    def due(self, step: int) -> bool:
+        """Whether it is time to settle."""
+        return self.fixed is None and step >= self._settle_step
+
+    def learned(self) -> Sensitivities:
+        """The sensitivities with what training has measured of blocks that are off."""
+        known = self._sensitivities
+        assert known is not None
+        return known.with_off(self._blocks.off_L2)
+
+    def proposed(self) -> BlockStates:
+        """States that fit the budget, by what is known now."""
+        assert self._choose is not None
+        return self._choose(self.decided(), self.learned())
+
+    def swap(self, states: BlockStates, rng: np.random.Generator) -> BlockStates | None:
+        """One block that is off for one of its kind that is on, which costs the same joules.
+
+        Out goes one of those that seem to be worth least. None where no block is off, or all of a kind are.
+        """
+        worth_L2 = self._blocks.off_L2.cpu()
+        off = [(x, b) for b in range(2) for x in range(self._layers) if states.state(x, b) == OFF]
+        if not off:
+            return None
+        back = off[int(rng.integers(len(off)))]
+        on = [(x, back[1]) for x in range(self._layers) if states.state(x, back[1]) == self._blocks.on]
+        if not on:
+            return None
+        least = sorted(on, key=lambda place: float(worth_L2[place]))[:_LEAST]
+        out = least[int(rng.integers(len(least)))]
+        return turned(turned(states, back, self._blocks.on), out)
+
+    def settle(self, states: BlockStates, told: Settlement) -> None:
+        """Fix the states, and make them what the gate says."""
+        assert self._gate is not None
+        with torch.no_grad():
+            self.fixed, self.settlement = states, told
+            self._blocks.settle(self._gate.controller.layer_scores(), states)
+
+    @property
+    def _blocks(self) -> BlockGate:
         assert self._gate is not None
         assert self._gate.blocks is not None
-        assert self._choose is not None
-        with torch.no_grad():
-            self.fixed = self._choose(self._gate.block_logits())
-            self._gate.blocks.settle(self._gate.controller.layer_scores(), self.fixed)
+        return self._gate.blocks
 
     def draw(self, noise: GateNoise | None) -> BlockDraw:
         """This micro-batch's states."""
@@ -171,7 +231,8 @@ class BlockTraining:
 
     def observe(self, probe: tuple[int, int], worth: float) -> None:
         """Remember the loss with the probed block off less that with it on (nats a token)."""
-        self._off_L2[probe] += _MEMORY * (worth - self._off_L2[probe])
+        known_L2 = self._blocks.off_L2
+        known_L2[probe] += _NEW * (worth - known_L2[probe])
 
     def energy_j(
         self, draw: BlockDraw, prompt_tokens: Sequence[int], new_tokens: float
@@ -184,13 +245,19 @@ class BlockTraining:
         best = F.one_hot(probability.argmax(-1), 3).double().sum(0).cpu()
         return expected, float((best * cost_2S).sum()) + rest_j
 
+    def states_j(self, states: BlockStates, prompt_tokens: Sequence[int], new_tokens: float) -> float:
+        """Joules of samples of these lengths in these states, summed."""
+        cost_2S = self.prices.costs_j(prompt_tokens, new_tokens)
+        blocks_j = (_one_hot(states).sum(0).double() * cost_2S).sum()
+        return float(blocks_j) + self.prices.rest_j(prompt_tokens, new_tokens)
+
     def worth(self, draw: BlockDraw) -> Tensor | float:
         """Zero, with the gradient of the expected loss (nats a token) by the blocks' probabilities."""
         if not self.learning:
             return 0.0
         p_L2S = draw.probability_L2S
         moved_L2S = p_L2S - p_L2S.detach()
-        off, int8 = self._off_L2.to(p_L2S), self._harm_L2.to(p_L2S)
+        off, int8 = self._blocks.off_L2.to(p_L2S), self._harm_L2.to(p_L2S)
         return (moved_L2S[..., OFF] * off + moved_L2S[..., INT8] * int8).sum()
 
     def decided(self) -> BlockStates:
@@ -203,14 +270,16 @@ class BlockTraining:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps: the settled states, if any, and where the budget began."""
         fixed = None if self.fixed is None else asdict(self.fixed)
-        return {"fixed": fixed, "first_ratio": self._first_ratio, "off": self._off_L2.tolist()}
+        told = None if self.settlement is None else asdict(self.settlement)
+        return {"fixed": fixed, "first_ratio": self._first_ratio, "settlement": told}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         fixed = state["fixed"]
         if fixed is not None:
             self.fixed = BlockStates(tuple(fixed["attention"]), tuple(fixed["mlp"]))
         self._first_ratio = state["first_ratio"]
-        self._off_L2 = torch.tensor(state["off"])
+        if state["settlement"] is not None:
+            self.settlement = Settlement(**state["settlement"])
 
 
 def _states(state_L2: Tensor) -> BlockStates:

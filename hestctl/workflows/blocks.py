@@ -10,7 +10,7 @@ from hestctl.data.prompts import Encoded, encode
 from hestctl.energy.model import GateKind, Terms
 from hestctl.energy.table import EnergyTable
 from hestctl.hardening.network import Blocks, choose_blocks
-from hestctl.hardening.repair import Lengths, greedy_logits
+from hestctl.hardening.repair import Lengths
 from hestctl.model import sensitivity
 from hestctl.model.backbone import Backbone
 from hestctl.model.gates import OrdinalGate
@@ -74,14 +74,19 @@ def _first(settings: Settings, backbone: Backbone, splits: Splits, samples: int)
 def deciding(settings: Settings, backbone: Backbone, tuner: Tuner, known: Sensitivities | None) -> Blocks:
     """What hardening decides the blocks' states by; ``known`` None where only joules matter."""
     fixed = settings.backbone.blocks(backbone.num_layers)
+    if not decides_blocks(settings):
+        return Blocks(fixed)
+    known = known or sensitivity.uniform(backbone)
     logits: Tensor | None = None
     if learns_blocks(settings):
         assert tuner.spectral is not None
-        assert isinstance(tuner.spectral.gate, OrdinalGate)
-        logits = tuner.spectral.gate.block_logits().detach().cpu()
-    elif decides_blocks(settings):
-        logits = greedy_logits(known or sensitivity.uniform(backbone))
-    return Blocks(fixed, logits, known, settings.budget.spend)
+        gate = tuner.spectral.gate
+        assert isinstance(gate, OrdinalGate)
+        assert gate.blocks is not None
+        logits = gate.block_logits().detach().cpu()
+        if not gate.blocks.off_L2.isnan().any():  # else it was never trained
+            known = known.with_off(gate.blocks.off_L2)
+    return Blocks(fixed, logits, known, settings.budget.spend, int8=settings.method.precision == "mixed")
 
 
 def training_blocks(
@@ -104,12 +109,12 @@ def training_blocks(
     gate = None if tuner.spectral is None else tuner.spectral.gate
     fixed: BlockStates | None = settings.backbone.blocks(layers)
 
-    def choose(logits_L2S: Tensor) -> BlockStates:
+    def choose(decided: BlockStates, by: Sensitivities) -> BlockStates:
         assert budget is not None
         states, _ = choose_blocks(
             whole_model(table.model, budget.batch_size, budget.num_beams),
             budget,
-            Blocks(BlockStates.uniform(layers), logits_L2S.cpu(), known, s.spend),
+            Blocks(decided, None, by, s.spend, int8=settings.method.precision == "mixed"),
             gate="ordinal",
             margin=s.margin,
             position_j=predicted_tabs_j(layers, settings.method.rank, table.full.joules),
@@ -120,7 +125,7 @@ def training_blocks(
     if decides_blocks(settings):
         assert known is not None
         # Asked for before the first step also where it is learned: what cannot be reached should not wait.
-        greedy = choose(greedy_logits(known))
+        greedy = choose(BlockStates.uniform(layers), known)
         fixed = None if learns_blocks(settings) else greedy
     prices = _prices(settings, table, budget, None if gate is None else gate.kind, layers)
     return BlockTraining(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from hestctl.budget import Budget
@@ -292,6 +292,14 @@ class _Work:
         elif account.unread is not None and self.meter.kind != "none":
             self.progress.note(f"what training has spent is not known: {account.unread}")
         summary: dict[str, Any] = {"training_stopped": stopped}
+        told = None if trainer.blocks is None else trainer.blocks.settlement
+        if told is not None:
+            summary["settlement"] = asdict(told)
+            self.progress.note(
+                f"blocks settled after step {told.step}: the gates decided {told.decided_over_emax:.3f} of "
+                f"E_max, repair made it {told.settled_over_emax:.3f} (predicted); {told.swaps} swaps took "
+                f"the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
+            )
         if account.unread is not None:
             summary["training_unread"] = account.unread
         if account.budget_j is not None:
