@@ -33,9 +33,11 @@ PRICES = BlockPrices(
         (Terms(), Terms(0.05, 6e-4, 5e-8, 0.01, 5e-6), Terms(0.1, 1e-3, 1e-7, 0.02, 1e-5)),
         (Terms(), Terms(0.1, 1e-3, 0.0, 0.03, 0.0), Terms(0.2, 3e-3, 0.0, 0.04, 0.0)),
     ),
-    Terms(1.0, 8e-3, 0.0, 0.2, 0.0),
+    emax=Terms(1.0, 8e-3, 0.0, 0.2, 0.0),
 )
-"""Joules of a sample; more E_max than the backbone's two layers take with few blocks on."""
+"""Joules of a sample."""
+TIGHT = replace(PRICES, emax=PRICES.emax.times(0.7))
+"""An E_max that the tiny backbone's blocks exceed."""
 COSTS = (0.0, 0.5e-6, 1e-6)
 NEW_TOKENS = 8
 
@@ -202,6 +204,7 @@ def test_what_is_measured_is_the_loss_with_the_block_off_less_that_with_it_on(sa
     rows = samples(2)
     trainer = trainer_for(rows, learning={"prices": NOTHING}, accumulation=1, epochs=1)
     trainer.start()
+    trainer.tuner.spectral.scale.data.normal_(generator=torch.Generator().manual_seed(0))
     blocks, backbone = trainer.blocks, trainer.backbone
     batch = train_batch(rows, backbone.pad_id)
     seen = set()
@@ -228,6 +231,20 @@ def test_what_is_measured_is_the_loss_with_the_block_off_less_that_with_it_on(sa
         # A block that is likely to be off is drawn so.
         trainer.tuner.spectral.gate.blocks.threshold.data += 0.5
     assert seen == {True, False}
+
+
+def test_a_step_follows_what_its_blocks_are_worth(samples):
+    """Micro-batches by their samples; joules apart."""
+    rows = samples(3)
+    trainer = trainer_for(rows, learning={"prices": NOTHING}, epochs=1)
+    trainer.start()
+    threshold = trainer.tuner.spectral.gate.blocks.threshold
+    draws = [trainer.blocks.draw(GateNoise(42, 0, micro)) for micro in range(2)]
+    expected = sum(share * trainer.blocks.worth(d) for share, d in zip((2 / 3, 1 / 3), draws, strict=True))
+    (slope,) = torch.autograd.grad(expected, threshold)
+    trainer._try_accumulate(rows)
+    assert slope.abs().min() > 0
+    assert torch.allclose(threshold.grad, slope, rtol=1e-5, atol=0)
 
 
 def test_probes_depend_on_seed_step_and_micro_batch_alone_and_prefer_what_hangs_in_the_balance():
@@ -281,6 +298,23 @@ def test_the_budget_tightens_from_what_is_spent_at_first_to_e_max():
     assert at_once.looseness(1, 1.8) == 1.0
 
 
+def test_the_multiplier_is_moved_by_what_exceeds_the_budget_as_it_is_by_then(samples):
+    trainer = trainer_for(samples(8), learning={"prices": TIGHT, "tighten_steps": 4}, epochs=4)
+    trainer.start()
+    rows = curve(trainer)
+    ratios, weights = [row[4] for row in rows], [row[5] for row in rows]
+    looseness, value, expected = [], 0.1, [0.1]
+    for step, ratio in enumerate(ratios):
+        # One step of warm-up moves nothing.
+        if step >= 1:
+            loose = ratios[1] + (1 - ratios[1]) * min(1.0, step / 4)
+            value = max(0.0, value + 0.05 * (ratio / loose - 1))
+            looseness.append(loose)
+        expected.append(value + (ratio / looseness[-1] - 1 if looseness else 0.0))
+    assert ratios[1] > 1.2
+    assert weights == pytest.approx(expected[:-1], rel=1e-6)
+
+
 def test_training_starts_with_every_block_at_full_and_the_least_worth_their_joules_nearest_to_less():
     backbone = tiny_backbone()
     tuner = tuner_for(backbone)
@@ -304,7 +338,7 @@ def test_training_starts_with_every_block_at_full_and_the_least_worth_their_joul
 def test_a_resumed_run_has_the_losses_of_one_left_alone(stop, samples, tmp_path):
     """Blocks settle before the fifth step, and the budget is tight after the fourth."""
     rows = samples(10)
-    learning = {"settle_step": 4, "tighten_steps": 3}
+    learning = {"settle_step": 4, "tighten_steps": 3, "prices": TIGHT}
     whole = trainer_for(rows, learning=learning)
     whole.start()
     expected = curve(whole)
@@ -347,9 +381,8 @@ def test_what_is_settled_stays_what_the_gate_says(samples):
 
 
 def test_learning_brings_the_joules_of_the_blocks_to_their_budget(samples):
-    tight = replace(PRICES, emax=PRICES.emax.times(0.7))
     trainer = trainer_for(
-        samples(8), learning={"prices": tight, "tighten_steps": 10}, epochs=20, block_learning_rate=0.1
+        samples(8), learning={"prices": TIGHT, "tighten_steps": 10}, epochs=20, block_learning_rate=0.1
     )
     trainer.start()
     assert trainer.blocks.decided().all_full
