@@ -295,10 +295,12 @@ class _Work:
         told = None if trainer.blocks is None else trainer.blocks.settlement
         if told is not None:
             summary["settlement"] = asdict(told)
+            moved = told.settled_over_emax / told.decided_over_emax - 1
+            flag = f" (flag: by {100 * moved:+.0f} %, train longer to need less)" if abs(moved) > 0.1 else ""
             self.progress.note(
                 f"blocks settled after step {told.step}: the gates decided {told.decided_over_emax:.3f} of "
-                f"E_max, repair made it {told.settled_over_emax:.3f} (predicted); {told.swaps} swaps took "
-                f"the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
+                f"E_max, repair made it {told.settled_over_emax:.3f}{flag}, both predicted; "
+                f"{told.swaps} swaps took the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
             )
         if account.unread is not None:
             summary["training_unread"] = account.unread

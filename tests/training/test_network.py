@@ -24,7 +24,7 @@ from hestctl.records import FULL, INT8, OFF, BlockStates
 from hestctl.settings import BackboneSettings, MethodSettings, TrainSettings
 from hestctl.training.checkpoint import latest_checkpoint, save_checkpoint
 from hestctl.training.loop import Trainer
-from hestctl.training.network import BlockDraw, BlockPrices, BlockTraining
+from hestctl.training.network import BlockDraw, BlockPrices, BlockTraining, Settlement
 
 NOTHING = BlockPrices(Terms(), ((Terms(),) * 3, (Terms(),) * 3), None)
 PRICES = BlockPrices(
@@ -49,6 +49,11 @@ def states_of(state_L2):
 
 def decided_by(logits_L2S):
     return states_of(logits_L2S.argmax(-1))
+
+
+def as_decided(decided, by):
+    """What chooses where no budget is asked: the gates."""
+    return decided
 
 
 def tuner_for(backbone, name="hest", *, learns_blocks=True):
@@ -78,7 +83,7 @@ def blocks_for(
     fixed=None,
     tighten_steps=2,
     settle_step=10**6,
-    choose=decided_by,
+    choose=as_decided,
     known=None,
 ):
     layers = backbone.num_layers
@@ -272,12 +277,12 @@ def test_probes_depend_on_seed_step_and_micro_batch_alone_and_prefer_what_hangs_
 def test_new_measurements_count_against_old_ones():
     backbone = tiny_backbone()
     blocks = blocks_for(backbone, tuner_for(backbone))
-    before = blocks.state()["off"]
+    before = blocks.learned().off
     blocks.observe((1, 1), 5.0)
-    after = blocks.state()["off"]
-    assert after[1][1] == pytest.approx((before[1][1] + 5.0) / 2)
+    after = [list(pair) for pair in blocks.learned().off]
+    assert after[1][1] == pytest.approx(0.75 * before[1][1] + 0.25 * 5.0)
     after[1][1] = before[1][1]
-    assert after == before
+    assert tuple(map(tuple, after)) == before
 
 
 def test_the_budget_tightens_from_what_is_spent_at_first_to_e_max():
@@ -289,9 +294,9 @@ def test_the_budget_tightens_from_what_is_spent_at_first_to_e_max():
     assert [blocks.looseness(step, 0.3) for step in (3, 4, 9)] == pytest.approx([1.2, 1.0, 1.0])
     within = blocks_for(backbone, tuner, tighten_steps=4)
     assert [within.looseness(step, 0.7) for step in range(6)] == [1.0] * 6
-    blocks.settle(2)
-    assert blocks.learning
-    blocks.settle(3)
+    assert [blocks.due(step) for step in (2, 3)] == [False, True]
+    blocks.settle(BlockStates.uniform(backbone.num_layers), Settlement(3, 1.0, 1.0, 0, 0.0, 0.0))
+    assert not blocks.due(3)
     assert not blocks.learning
     assert blocks.looseness(0, 1.8) == 1.0
     at_once = blocks_for(backbone, tuner, tighten_steps=0)
@@ -363,8 +368,8 @@ def test_what_is_settled_stays_what_the_gate_says(samples):
     wanted = BlockStates((OFF, INT8), (FULL, OFF))
     asked = []
 
-    def choose(logits_L2S):
-        asked.append(logits_L2S)
+    def choose(decided, by):
+        asked.append(by)
         return wanted
 
     trainer = trainer_for(rows, learning={"settle_step": 3, "choose": choose}, gate_learning_rate=0.1)
