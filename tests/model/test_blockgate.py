@@ -68,7 +68,7 @@ def test_any_states_can_be_settled_and_hold_however_the_scores_move(seed: int) -
         score_L = uniform(generator, 7)  # training has moved them since the start
     wanted_L2 = torch.randint(3, (7, 2), generator=generator)
     gate.settle(score_L, states_of(wanted_L2))
-    assert all(torch.isfinite(tensor).all() for tensor in gate.state_dict().values())
+    assert all(torch.isfinite(parameter).all() for parameter in gate.parameters())
     for scores in (score_L, uniform(generator, 7), score_L - 10, score_L + 10):
         logits = gate.logits(scores)
         assert torch.isfinite(logits).all()

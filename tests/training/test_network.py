@@ -51,9 +51,17 @@ def decided_by(logits_L2S):
     return states_of(logits_L2S.argmax(-1))
 
 
-def as_decided(decided, by):
-    """What chooses where no budget is asked: the gates."""
+def as_decided(decided, _known):
+    """A budget that everything fits."""
     return decided
+
+
+HALF = BlockStates((OFF, INT8), (INT8, OFF))
+
+
+def to_half(_decided, _known):
+    """One block of a kind, so that the other may be tried in its place."""
+    return HALF
 
 
 def tuner_for(backbone, name="hest", *, learns_blocks=True):
@@ -182,6 +190,7 @@ def test_the_gradient_by_the_blocks_is_that_of_the_expected_loss(samples):
 
     # Nothing is known at first, so that all there is to find has to be measured.
     blocks = blocks_for(backbone, tuner, known=uniform(backbone), prices=NOTHING)
+    gate.blocks.off_L2.fill_(1.0)
     learned, found, slopes = 100, [], []
     for step in range(learned + 400):
         draw = blocks.draw(GateNoise(0, step, 0))
@@ -274,15 +283,21 @@ def test_probes_depend_on_seed_step_and_micro_batch_alone_and_prefer_what_hangs_
     assert blocks.draw(None).probe is None, "a decision measures nothing"
 
 
-def test_new_measurements_count_against_old_ones():
+def test_measurements_replace_what_was_known_little_by_little():
     backbone = tiny_backbone()
     blocks = blocks_for(backbone, tuner_for(backbone))
-    before = blocks.learned().off
-    blocks.observe((1, 1), 5.0)
-    after = [list(pair) for pair in blocks.learned().off]
-    assert after[1][1] == pytest.approx(0.75 * before[1][1] + 0.25 * 5.0)
-    after[1][1] = before[1][1]
-    assert tuple(map(tuple, after)) == before
+    blocks.start([30], NEW_TOKENS)
+    before = torch.tensor(known_of(backbone.num_layers).off)
+    assert torch.allclose(torch.tensor(blocks.learned().off), before)
+    found = []
+    for _ in range(20):
+        blocks.observe((1, 1), 5.0)
+        found.append(blocks.learned().off[1][1])
+    assert before[1, 1] < found[0] < found[1] < found[-1]
+    assert found[0] < 2.5, "one micro-batch is few samples"
+    assert found[-1] == pytest.approx(5.0, rel=0.02)
+    before[1, 1] = found[-1]
+    assert torch.allclose(torch.tensor(blocks.learned().off), before)
 
 
 def test_the_budget_tightens_from_what_is_spent_at_first_to_e_max():
@@ -294,10 +309,10 @@ def test_the_budget_tightens_from_what_is_spent_at_first_to_e_max():
     assert [blocks.looseness(step, 0.3) for step in (3, 4, 9)] == pytest.approx([1.2, 1.0, 1.0])
     within = blocks_for(backbone, tuner, tighten_steps=4)
     assert [within.looseness(step, 0.7) for step in range(6)] == [1.0] * 6
-    assert [blocks.due(step) for step in (2, 3)] == [False, True]
-    blocks.settle(BlockStates.uniform(backbone.num_layers), Settlement(3, 1.0, 1.0, 0, 0.0, 0.0))
-    assert not blocks.due(3)
+    assert [blocks.due(step) for step in (2, 3, 4)] == [False, True, True]
+    blocks.settle(HALF, Settlement(3, 1.0, 1.0, 0, 1.0, 1.0))
     assert not blocks.learning
+    assert not blocks.due(4)
     assert blocks.looseness(0, 1.8) == 1.0
     at_once = blocks_for(backbone, tuner, tighten_steps=0)
     assert at_once.looseness(1, 1.8) == 1.0
@@ -343,7 +358,7 @@ def test_training_starts_with_every_block_at_full_and_the_least_worth_their_joul
 def test_a_resumed_run_has_the_losses_of_one_left_alone(stop, samples, tmp_path):
     """Blocks settle before the fifth step, and the budget is tight after the fourth."""
     rows = samples(10)
-    learning = {"settle_step": 4, "tighten_steps": 3, "prices": TIGHT}
+    learning = {"settle_step": 4, "tighten_steps": 3, "prices": TIGHT, "choose": to_half}
     whole = trainer_for(rows, learning=learning)
     whole.start()
     expected = curve(whole)
@@ -364,25 +379,54 @@ def test_a_resumed_run_has_the_losses_of_one_left_alone(stop, samples, tmp_path)
 
 
 def test_what_is_settled_stays_what_the_gate_says(samples):
-    rows = samples(10)
-    wanted = BlockStates((OFF, INT8), (FULL, OFF))
     asked = []
 
-    def choose(decided, by):
-        asked.append(by)
-        return wanted
+    def choose(decided, known):
+        asked.append((decided, known))
+        return HALF
 
-    trainer = trainer_for(rows, learning={"settle_step": 3, "choose": choose}, gate_learning_rate=0.1)
+    trainer = trainer_for(samples(10), learning={"settle_step": 3, "choose": choose}, gate_learning_rate=0.1)
     trainer.start()
     gate = trainer.tuner.spectral.gate
     scores = []
     for metric in trainer.steps():
         assert trainer.blocks.learning == (metric.step <= 3)
+        if metric.step == 3:
+            told = trainer.blocks.decided(), trainer.blocks.learned()
         if metric.step > 3:
             scores.append(gate.controller.layer_scores().detach().clone())
-            assert decided_by(gate.block_logits()) == trainer.blocks.decided() == wanted
-    assert len(asked) == 1
+            assert decided_by(gate.block_logits()) == trainer.blocks.decided() == trainer.blocks.fixed
+    assert asked == [told], "once, by what training has found out"
+    assert told[1] != known_of(2)
     assert (scores[0] - scores[-1]).abs().max() > 1e-3, "scores that have not moved prove nothing"
+
+
+def test_blocks_settle_where_no_swap_of_two_of_one_price_lowers_the_loss(samples):
+    rows = samples(10)
+    trainer = trainer_for(rows, learning={"settle_step": 2, "choose": to_half})
+    trainer.start()
+    trainer.tuner.spectral.scale.data.normal_(generator=torch.Generator().manual_seed(0))
+    curve(trainer, steps=2)
+    losses = {}
+    for attention, mlp in product(((OFF, INT8), (INT8, OFF)), repeat=2):
+        states = BlockStates(attention, mlp)
+        nll = [by_hand(trainer, [row], states, None) * len(row.answer_ids) for row in rows[:6]]
+        losses[states] = sum(nll) / sum(len(row.answer_ids) for row in rows[:6])
+    decided = trainer.blocks.decided()
+    curve(trainer, steps=1)
+    found, told = trainer.blocks.fixed, trainer.blocks.settlement
+    near = [
+        replace(found, attention=found.attention[::-1]),
+        replace(found, mlp=found.mlp[::-1]),
+    ]
+    assert all(losses[found] <= losses[other] for other in near)
+    assert losses[found] < losses[HALF], "what it begins with is to be no optimum"
+    assert (told.loss_before, told.loss) == pytest.approx((losses[HALF], losses[found]), rel=1e-5)
+    assert (told.step, told.swaps > 0) == (2, True)
+    emax = sum(PRICES.emax.total_j(len(row.prompt_ids), NEW_TOKENS) for row in rows[:6])
+    for states, share in ((decided, told.decided_over_emax), (found, told.settled_over_emax)):
+        joules = sum(sample_j(states, len(row.prompt_ids), NEW_TOKENS) for row in rows[:6])
+        assert share == pytest.approx(joules / emax, rel=1e-6)
 
 
 def test_learning_brings_the_joules_of_the_blocks_to_their_budget(samples):
