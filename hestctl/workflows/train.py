@@ -299,8 +299,8 @@ class _Work:
             flag = f" (flag: by {100 * moved:+.0f} %, train longer to need less)" if abs(moved) > 0.1 else ""
             self.progress.note(
                 f"blocks settled after step {told.step}: the gates decided {told.decided_over_emax:.3f} of "
-                f"E_max, repair made it {told.settled_over_emax:.3f}{flag}, both predicted; "
-                f"{told.swaps} swaps took the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
+                f"E_max, repair made it {told.settled_over_emax:.3f}{flag}, both predicted; {told.swaps} "
+                f"swaps took the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
             )
         if account.unread is not None:
             summary["training_unread"] = account.unread
