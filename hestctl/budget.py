@@ -156,7 +156,8 @@ class Budget:
     the reference's mean lengths, ``prompt_tokens`` and ``new_tokens``. ``origin`` says where it comes from
     and is printed with it. A sample is expected to generate ``new_tokens``; training lengths are translated
     to generation with it. ``position_j`` is a matched E_max in scope adapter, in J per billed token position;
-    ``network`` are the bills of scope network, their base with every block at full.
+    ``network`` are the bills of scope network, their base with every block at full. ``reference`` is the id
+    of the run that E_max is a ratio of.
     """
 
     emax_j: float
@@ -171,6 +172,7 @@ class Budget:
     batch_size: int = 1
     position_j: float | None = None
     network: tuple[Bill, ...] = ()
+    reference: str | None = None
 
     @property
     def bills(self) -> tuple[Bill, ...]:
@@ -309,6 +311,7 @@ def resolve_budget(
         batch_size=batch_size,
         position_j=ratio * position_j if (scope, kind) == ("adapter", "matched") else None,
         network=tuple(bills),
+        reference=None if reference is None or emax_j is not None else reference.run_id,
     )
 
 

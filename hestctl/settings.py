@@ -148,12 +148,14 @@ class BudgetSettings(_Section):
 
     ``envelope`` matched allows every sample a ratio of what TABS spends at its very lengths, absolute one
     number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
-    joules given outright. In scope network the budget tightens from all that the backbone spends to E_max
-    over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them
-    from there on. ``spend`` useful leaves joules unspent that buy no likelihood.
-    A plan fits prompts of ``shortest`` to ``longest`` tokens (data.max_tokens where None), and generation
-    refuses others that do not fit. Where blocks start is their
-    ``sensitivity``, over so many training samples: by one backward pass each, or exactly, block after block.
+    joules given outright. A plan fits prompts of ``shortest`` to ``longest`` tokens (data.max_tokens where
+    None), and generation refuses others that do not fit. ``spend`` useful leaves joules unspent that buy no
+    likelihood.
+
+    In scope network blocks start by their ``sensitivity``, over so many training samples: by one backward
+    pass each, or exactly, block after block. The budget tightens from all that the backbone spends to E_max
+    over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them from
+    there on, after so many ``swaps`` were tried on the samples of the sensitivities.
     """
 
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)
@@ -169,8 +171,9 @@ class BudgetSettings(_Section):
     longest: int | None = Field(default=None, ge=1)
     sensitivity: Literal["gradient", "exact"] = "gradient"
     sensitivity_samples: int = Field(default=8, ge=2)
-    tighten: float = Field(default=0.15, ge=0, le=1)
-    settle: float = Field(default=0.2, ge=0, le=1)
+    swaps: int = Field(default=24, ge=0)
+    tighten: float = Field(default=0.1, ge=0, le=1)
+    settle: float = Field(default=0.1, ge=0, le=1)
 
 
 class TrainSettings(_Section):

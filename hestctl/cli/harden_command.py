@@ -161,7 +161,8 @@ def _show_certificate(plan: Plan) -> None:
         ],
         caption=f"worst: {most['bound_over_emax']:.3f} of E_max at {most['length_tokens']:,} + "
         f"{most['new_tokens']} tokens in a batch of {most['batch_size']}; "
-        f"{100 * plan.margin:.2g} % stay in reserve",
+        f"{100 * plan.margin:.2g} % stay in reserve. Made for {plan.bound[0]:,} to {plan.bound[1]:,} prompt "
+        "tokens; beyond them generation refuses what would exceed E_max",
     )
 
 

@@ -32,9 +32,6 @@ from hestctl.training.gatepass import GatePass
 from hestctl.training.network import BlockDraw, BlockTraining, Settlement
 from hestctl.training.ranks import Ranks
 
-_SETTLE_ROWS, _SETTLE_SWAPS = 6, 24
-"""Samples by which blocks settle, and how many swaps are tried."""
-
 
 @dataclass(slots=True)
 class _Totals:
@@ -371,11 +368,11 @@ class Trainer:
         them in their states, and kept where that falls.
         """
         rng = np.random.default_rng([self._settings.seed, self.step])
-        rows = self._rows[:_SETTLE_ROWS]
+        rows = self._rows[: blocks.samples]
         decided, states = blocks.decided(), blocks.proposed()
         first = loss = self._decided_loss(rows, states)
         kept = 0
-        for _ in range(_SETTLE_SWAPS):
+        for _ in range(blocks.swaps):
             tried = blocks.swap(states, rng)
             if tried is None:
                 break

@@ -100,7 +100,8 @@ class BlockTraining:
     """The blocks of one training: states that are drawn until ``settle_step``, and fixed from there on.
 
     ``fixed`` holds them from the beginning (controls). The budget tightens over ``tighten_steps`` after the
-    warm-up. ``choose`` turns a decision and sensitivities into states that fit it, at ``settle_step``.
+    warm-up. ``choose`` turns a decision and sensitivities into states that fit it, at ``settle_step``; then
+    ``swaps`` are tried on the first ``samples`` of training.
     """
 
     def __init__(
@@ -114,6 +115,8 @@ class BlockTraining:
         tighten_steps: int,
         settle_step: int,
         choose: Callable[[BlockStates, Sensitivities], BlockStates] | None,
+        swaps: int = 0,
+        samples: int = 8,
     ) -> None:
         self.prices = prices
         self.fixed = fixed
@@ -122,12 +125,15 @@ class BlockTraining:
         self.settlement: Settlement | None = None
         self._layers, self._gate, self._choose = layers, gate, choose
         self._settle_step = settle_step
+        self.swaps, self.samples = swaps, samples
         self._sensitivities = sensitivities
         self._harm_L2 = torch.zeros(layers, 2)
         if sensitivities is not None:
             known = sensitivities
             harms = [[known.int8_harms(layer, block) for block in range(2)] for layer in range(layers)]
             self._harm_L2 = torch.tensor(known.int8) * torch.tensor(harms)
+            if fixed is None:
+                self._blocks.off_L2.copy_(torch.tensor(known.off))
 
     @property
     def learning(self) -> bool:
@@ -159,7 +165,6 @@ class BlockTraining:
         saved_2 = (cost_2S[:, FULL] - cost_2S[:, INT8]).clamp_min(1e-30)
         full_L2 = 0.75 + 1.25 * _ranks(int8_L2 / saved_2)
         on_L2 = full_L2 + 0.75 + 2.25 * _ranks(off_L2 / cost_2S[:, INT8].clamp_min(1e-30))
-        gate.blocks.off_L2.copy_(off_L2)
         score_L = gate.controller.layer_scores()
         gate.blocks.start(score_L, full_L2.to(score_L), on_L2.to(score_L))
 

@@ -137,6 +137,8 @@ def training_blocks(
         tighten_steps=round(s.tighten * total_steps),
         settle_step=round(s.settle * total_steps),
         choose=choose,
+        swaps=s.swaps,
+        samples=s.sensitivity_samples,
     )
 
 

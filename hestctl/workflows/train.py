@@ -24,6 +24,7 @@ from hestctl.progress import Progress
 from hestctl.records import Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
 from hestctl.settings import Settings
+from hestctl.store import queries
 from hestctl.store.files import ensure_space, write_whole
 from hestctl.store.store import Store
 from hestctl.training.account import SPENT_FILE, Account, JoulesUnknown, demand_live_counter
@@ -207,6 +208,8 @@ class _Work:
         engine = kind.make(self.backbone, tuner.spectral, plan)
         record_engine(run, kind, engine)
         self._evaluate(engine, table.model)
+        if budget is not None:
+            self._against_reference(budget)
 
     def _train(
         self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
@@ -295,10 +298,12 @@ class _Work:
         told = None if trainer.blocks is None else trainer.blocks.settlement
         if told is not None:
             summary["settlement"] = asdict(told)
+            moved = told.settled_over_emax / told.decided_over_emax - 1
+            flag = f" (flag: by {100 * moved:+.0f} %, train longer to need less)" if abs(moved) > 0.1 else ""
             self.progress.note(
                 f"blocks settled after step {told.step}: the gates decided {told.decided_over_emax:.3f} of "
-                f"E_max, repair made it {told.settled_over_emax:.3f} (predicted); {told.swaps} swaps took "
-                f"the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
+                f"E_max, repair made it {told.settled_over_emax:.3f}{flag}, both predicted; {told.swaps} "
+                f"swaps took the loss from {told.loss_before:.3f} to {told.loss:.3f} nats a token"
             )
         if account.unread is not None:
             summary["training_unread"] = account.unread
@@ -413,6 +418,23 @@ class _Work:
             check=self.recorder.check,
         )
         record_evaluation(result, self.recorder)
+
+    def _against_reference(self, budget: Budget) -> None:
+        """A matched envelope allows longer answers more joules: whether the mean keeps the ratio as well."""
+        run = self.recorder.run
+        if budget.reference is None or budget.ratio is None:
+            return
+        theirs = queries.get_run(self.store, budget.reference).summary
+        mine, other = (s.get("scope_energy_j_per_sample") for s in (run.summary, theirs))
+        if run.command != "train" or mine is None or not other:
+            return
+        run.summary = {**run.summary, "scope_energy_over_reference": mine / other}
+        held = "within" if mine <= budget.ratio * other else "NOT within"
+        self.progress.note(
+            f"the mean sample takes {mine / other:.3f} of the tabs run's in scope {run.scope} (predicted), "
+            f"{held} {budget.ratio:g}: {run.summary['new_tokens_per_sample']:.1f} new tokens against "
+            f"{theirs['new_tokens_per_sample']:.1f}"
+        )
 
     @property
     def _checkpoints(self) -> Any:

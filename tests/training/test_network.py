@@ -106,6 +106,8 @@ def blocks_for(
         tighten_steps=tighten_steps,
         settle_step=settle_step,
         choose=choose,
+        swaps=24,
+        samples=6,
     )
 
 

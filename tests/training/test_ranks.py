@@ -217,6 +217,7 @@ def train_blocks(ranks):
         fixed=None,
         tighten_steps=2,
         settle_step=3,
+        swaps=4,
         choose=half,
     )
     settings = TrainSettings(
