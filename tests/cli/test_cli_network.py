@@ -29,8 +29,9 @@ SMALL = (
     *(*TINY, "-q", "--json", "--new-tokens", "4", "--max-tokens", "220", "--set", "energy.lengths=16,128"),
     *("--set", "data.train_samples=4", "--set", "data.validation_samples=2", "--set", "data.test_samples=2"),
     *("--epochs", "4", "--set", "train.batch_size=1", "--set", "train.accumulation=1"),
+    *("--set", "budget.tighten=0.2", "--set", "budget.settle=0.25"),
 )
-"""16 steps; blocks settle after the third."""
+"""16 steps; blocks settle after the fourth."""
 HEST = ("train", "--method", "hest", *SMALL)
 REST = Terms(1e-3, 2e-5, 0.0, 1e-3)
 BLOCKS = (Terms(1e-3, 2e-5, 1e-8, 1e-3, 1e-6), Terms(2e-3, 4e-5, 0.0, 2e-3))
@@ -125,17 +126,23 @@ def test_every_sample_is_within_what_its_blocks_were_chosen_for(network: Study) 
         assert 0.6 * tabs.total_j(*lengths) < sample["emax_j"] < most
     assert network.hest.document["hardened_over_emax"] <= 1
     assert network.hest.document["over_budget_share"] == 0
+    run = json.loads((network.run_folder(network.hest) / "run.json").read_text())
+    mine, theirs = (
+        sum(row["scope_energy_j"] for row in lines_of(network.run_folder(one), "samples"))
+        for one in (network.hest, network.tabs)
+    )
+    assert run["summary"]["scope_energy_over_reference"] == pytest.approx(mine / theirs)
 
 
 def test_training_tells_how_its_blocks_settled(network: Study) -> None:
     run = json.loads((network.run_folder(network.hest) / "run.json").read_text())
     told = run["summary"]["settlement"]
-    assert told["step"] == 3
+    assert told["step"] == 4
     assert told["settled_over_emax"] <= 1 < told["decided_over_emax"]
     assert told["loss"] <= told["loss_before"]
     steps = [row for row in lines_of(network.run_folder(network.hest), "steps") if row["split"] == "train"]
     assert len(steps) == 16
-    assert all(row["energy_ratio"] <= 1 for row in steps if row["step"] > 3)
+    assert all(row["energy_ratio"] <= 1 for row in steps if row["step"] > 4)
     states = blocks_of(plan_of(network.folder, network.hest))
     # Nothing that the directions do is dear enough for repair to change what training settled.
     assert run["hardened_ratio"] == pytest.approx(steps[-1]["energy_ratio"], abs=0.05)
