@@ -286,7 +286,7 @@ def resolve_budget(
         ]
         largest = bills[-1]
         assert largest.emax is not None
-        told_j = largest.emax.of(largest.batch_size).total_j(*lengths) / largest.batch_size
+        told_j = largest.emax.of(batch_size).total_j(*lengths) / batch_size
     else:
         told_j = ratio * position_j * num_beams * (prompt_tokens + new_tokens)
     if emax_j is not None:

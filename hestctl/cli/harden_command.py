@@ -139,7 +139,7 @@ def _show_certificate(plan: Plan) -> None:
     most = worst(plan)
     assert most is not None
     out.table(
-        "certificate: no sample of this many prompt tokens spends more",
+        "certificate: no sample of this many prompt tokens spends more in a whole batch",
         (
             "batch x beams",
             "tokens",

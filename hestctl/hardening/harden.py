@@ -5,6 +5,7 @@ Shape legend: B batch, T tokens, D hidden size, L layers, R directions, S = 3 st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -222,7 +223,9 @@ def _repair(gate: OrdinalGate, looks: list[_Look], plan: Plan, lengths: Lengths)
     else:
         enough = 0.95 * left_j <= kept_j <= left_j
     if not enough:
-        tries = [paced(shift_for(demand * left_j)) for demand in _DEMANDS]
+        # In scope network nobody is made to ask for more than they do.
+        most_j = asked_j(look for look, _ in scored) if plan.scope == "network" else math.inf
+        tries = [paced(shift_for(min(demand * left_j, most_j))) for demand in _DEMANDS]
         _, best = min(tries, key=lambda found: abs(found[0] - _AIM * left_j))
     with torch.no_grad():
         gate.threshold.add_(best.shift)

@@ -140,17 +140,18 @@ def fit_error(model: EnergyModel, num_beams: int, sizes: Sequence[int]) -> float
     return max(calibrated(model.fit_error(size, num_beams), size, num_beams) for size in sizes)
 
 
-def least_base(model: EnergyModel | None, budget: Budget, layers: int, gate: GateKind) -> tuple[Bill, ...]:
-    """The budget's bills with every block off: what ``refuse_unreachable`` refuses before training starts.
+def bills_in(model: EnergyModel, budget: Budget, states: BlockStates, gate: GateKind) -> tuple[Bill, ...]:
+    """The budget's bills with the blocks in these states.
 
     Raises HestError (usage) for what was not calibrated.
     """
-    known, off = whole_model(model, budget.batch_size, budget.num_beams), BlockStates.uniform(layers, OFF)
     return tuple(
         replace(
             bill,
             base=calibrated(
-                known.generation(bill.batch_size, bill.num_beams, gate, off), bill.batch_size, bill.num_beams
+                model.generation(bill.batch_size, bill.num_beams, gate, states),
+                bill.batch_size,
+                bill.num_beams,
             ),
         )
         for bill in budget.bills

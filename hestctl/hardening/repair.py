@@ -280,8 +280,8 @@ def mend(
         waiting.sort(key=lambda i: _per_joule(*step(held[i], 1)[1:]))
         b, index = held[waiting[-1]], waiting.pop()
         before = b.state, b.why
-        state = step(b, 1)[0]
-        if b.state == INT8 and spend == "useful" and not harms[index]:
+        state, worth, _ = step(b, 1)
+        if spend == "useful" and (worth <= 0 or (b.state == INT8 and not harms[index])):
             continue
         b.state, b.why = state, "gate" if state == b.decided else "spare"
         if not fits():

@@ -151,9 +151,8 @@ class Trainer:
     def _remaining_steps(self) -> Iterator[StepMetric]:
         while self.step < self.total_steps:
             rows = self._effective_batch(self.step)
+            self.settle()
             started = time.perf_counter()
-            if self.blocks is not None and self.blocks.due(self.step):
-                self._settle(self.blocks)
             totals = self._accumulate(rows)
             self._scaler.unscale_(self._optimizer)
             norm = torch.nn.utils.clip_grad_norm_(
@@ -361,12 +360,15 @@ class Trainer:
         return sign * (turned - nll) / int(batch.answer_tokens.sum())
 
     @torch.no_grad()
-    def _settle(self, blocks: BlockTraining) -> None:
-        """Fix the blocks' states: those that fit the budget, improved by swaps of blocks of one price.
+    def settle(self) -> bool:
+        """Fix the blocks' states if it is time: those that fit the budget, improved by swaps of one price.
 
         Blocks are not worth together what each is worth alone, so a swap is judged by the loss of all of
-        them in their states, and kept where that falls.
+        them in their states, and kept where that falls. Returns whether it was time.
         """
+        blocks = self.blocks
+        if blocks is None or not blocks.due(self.step):
+            return False
         rng = np.random.default_rng([self._settings.seed, self.step])
         rows = self._rows[: blocks.samples]
         decided, states = blocks.decided(), blocks.proposed()
@@ -385,6 +387,7 @@ class Trainer:
         )
         told = Settlement(self.step, found_j, settled_j, kept, first, loss)
         blocks.settle(*self._ranks.told((states, told)))
+        return True
 
     def _decided_loss(self, rows: Sequence[Encoded], states: BlockStates) -> float:
         """Nats per answer token of these samples, the blocks in these states and the gates as they decide."""

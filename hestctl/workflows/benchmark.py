@@ -18,20 +18,22 @@ from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.generation.evaluate import Evaluation, evaluate
 from hestctl.hardening.harden import harden
+from hestctl.hardening.plan import read_plan
 from hestctl.kernels.floors import DecoderShape, decode_floor_s, device_peak, prefill_floor_s
 from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS
 from hestctl.progress import Progress
-from hestctl.records import Run, Sample
+from hestctl.records import FULL, INT8, BlockStates, Run, Sample
 from hestctl.runs import Recorder, new_run_id, recording
 from hestctl.settings import GenerationSettings, Settings, with_values
 from hestctl.store import queries
+from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.workflows.blocks import deciding
 from hestctl.workflows.engines import load_hardened, record_engine, with_kernels
 from hestctl.workflows.metering import energy_table, open_meter, stored_table
 from hestctl.workflows.profile import fits, grid, prompts_of
-from hestctl.workflows.setup import describe, load_data, new_tuner, read_inputs
+from hestctl.workflows.setup import PLAN_FILE, describe, load_data, new_tuner, read_inputs
 from hestctl.workflows.summary import summarise
 
 
@@ -180,6 +182,7 @@ class _Bench:
     samples: dict[str, list[Sample]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     kinds: dict[str, EngineKind] = field(default_factory=dict)
+    blocks: dict[str, BlockStates] = field(default_factory=dict)
     tables: dict[str, EnergyTable] = field(default_factory=dict)
 
     def point(
@@ -188,6 +191,7 @@ class _Bench:
         """All variants on these prompts, repetition by repetition."""
         engines = {v.text: self._engine(v, prompts, batch_size, num_beams) for v in variants}
         seen = {v.text: _Seen() for v in variants}
+        self.blocks = {text: engine.blocks for text, (_, engine) in engines.items()}
         for variant in variants:
             record_engine(self.recorders[variant.text].run, *engines[variant.text])
             for new_tokens in (1, self.settings.profile.new_tokens):
@@ -276,7 +280,7 @@ class _Bench:
         if METHODS[variant.method].gate is None:
             return kind, kind.make(backbone, None, None)
         trained = self._hardened(variant.method)
-        if trained is not None:
+        if trained is not None and self._fits(trained, variant, prompts, batch_size, num_beams):
             self._tell(f"{variant.text}: adapters and plan of run {trained.run_id}")
             # Against no table: a variant runs the plan as it is, in whatever precision it is about.
             return kind, load_hardened(self.store, trained, backbone, self.meter.device_name, kind, None)
@@ -341,6 +345,25 @@ class _Bench:
                 return run
         return None
 
+    def _fits(
+        self, trained: Run, variant: Variant, prompts: list[Encoded], batch_size: int, num_beams: int
+    ) -> bool:
+        """Whether the plan of a run serves this point; in scope network it is of its blocks and batches."""
+        plan = read_plan(RunFolder(self.store.root, trained.run_id).path / PLAN_FILE)
+        if plan.scope == "adapter":
+            return True
+        new_tokens, lengths = self.settings.profile.new_tokens, [len(row.prompt_ids) for row in prompts]
+        why = "the variant fixes the blocks"
+        if variant.settings.backbone.blocks(self.backbone.num_layers).all_full:
+            try:
+                if plan.max_new_tokens_for(lengths[:batch_size], num_beams, new_tokens) == new_tokens:
+                    return True
+                why = f"its E_max ends before {new_tokens} new tokens"
+            except HestError as error:
+                why = error.message
+        self._tell(f"{variant.text}: the plan of run {trained.run_id} does not serve here: {why}")
+        return False
+
     def _table(self, variant: Variant, batch_size: int, num_beams: int) -> EnergyTable:
         """One table an engine: other prices for another variant would be other plans."""
         s, recorder = variant.settings, self.recorders[variant.text]
@@ -366,8 +389,11 @@ class _Bench:
         steps, decode_s = first.new_tokens - 1, latency_s - prefill_s
         peak = device_peak(self.meter.device_name)
         memory_share = compute_share = None
-        if peak is not None and self.backbone.dtype.itemsize == 2:  # the floors are those of 16-bit weights
-            shape = _shape(self.backbone, 1.0 if variant.settings.backbone.precision == "int8" else 2.0)
+        blocks = self.blocks[variant.text]
+        uniform = blocks in (BlockStates.uniform(blocks.layers, state) for state in (INT8, FULL))
+        # The floors are those of 16-bit weights, and of a network whose layers are all alike.
+        if peak is not None and uniform and self.backbone.dtype.itemsize == 2:
+            shape = _shape(self.backbone, 1.0 if blocks.uses_int8 else 2.0)
             # Beams share their prompt's cache: less than that nobody can read.
             context = first.prompt_tokens + first.num_beams * (first.new_tokens // 2)
             if steps and decode_s > 0:

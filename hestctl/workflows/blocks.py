@@ -9,15 +9,15 @@ from hestctl.data.articles import Splits
 from hestctl.data.prompts import Encoded, encode
 from hestctl.energy.model import GateKind, Terms
 from hestctl.energy.table import EnergyTable
-from hestctl.hardening.network import Blocks, choose_blocks
-from hestctl.hardening.repair import Lengths
+from hestctl.hardening.network import Blocks, bills_in, choose_blocks
+from hestctl.hardening.repair import Lengths, refuse_unreachable
 from hestctl.model import sensitivity
 from hestctl.model.backbone import Backbone
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.methods import Tuner
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
-from hestctl.records import FULL, INT8, OFF, BlockStates
+from hestctl.records import FULL, INT8, OFF, BlockStates, Run
 from hestctl.runs import Recorder
 from hestctl.settings import Settings
 from hestctl.store import queries
@@ -33,11 +33,21 @@ def sensitivities_of(
     store: Store,
     recorder: Recorder,
     progress: Progress,
+    *,
+    resumed: Run | None = None,
 ) -> Sensitivities:
-    """Those of the store for these weights and data, or measured now on training samples, and recorded."""
-    s = settings.budget
+    """Those of the store for these weights and data, or measured now on training samples, and recorded.
+
+    A ``resumed`` run keeps its own.
+    """
+    s, cut = settings.budget, settings.data
+    # Of the very samples: their texts, how they are cut, and the type that they run in.
+    data = f"{splits.data_hash}/{cut.max_tokens}/{cut.max_answer_tokens}/{backbone.dtype}"
     found: Sensitivities | None = None
-    if backbone.weights == "random":
+    own = None if resumed is None else resumed.summary.get("sensitivities")
+    if own is not None:
+        found = Sensitivities.from_dict(own)
+    elif backbone.weights == "random":
         found = sensitivity.uniform(backbone)
         progress.note("sensitivities: random weights have none, every block counts alike")
     else:
@@ -47,7 +57,7 @@ def sensitivities_of(
                 continue
             old = Sensitivities.from_dict(document)
             same = (old.fingerprint, old.data_hash, old.kind, old.samples)
-            if same == (backbone.fingerprint, splits.data_hash, s.sensitivity, s.sensitivity_samples):
+            if same == (backbone.fingerprint, data, s.sensitivity, s.sensitivity_samples):
                 found = old
                 progress.note(f"sensitivities: {old.kind}, of run {run.run_id}")
                 break
@@ -55,7 +65,7 @@ def sensitivities_of(
         rows = _first(settings, backbone, splits, s.sensitivity_samples)
         progress.note(f"sensitivities: {s.sensitivity}, from {len(rows)} training samples")
         measure = sensitivity.exact if s.sensitivity == "exact" else sensitivity.by_gradients
-        found = measure(backbone, rows, splits.data_hash, recorder.check)
+        found = measure(backbone, rows, data, recorder.check)
     run = recorder.run
     run.summary = {**run.summary, "sensitivities": found.as_dict()}
     return found
@@ -71,18 +81,25 @@ def _first(settings: Settings, backbone: Backbone, splits: Splits, samples: int)
     )
 
 
-def deciding(settings: Settings, backbone: Backbone, tuner: Tuner, known: Sensitivities | None) -> Blocks:
-    """What hardening decides the blocks' states by; ``known`` None where only joules matter."""
+def deciding(
+    settings: Settings,
+    backbone: Backbone,
+    tuner: Tuner,
+    known: Sensitivities | None,
+    trained: BlockStates | None = None,
+) -> Blocks:
+    """What hardening decides the blocks' states by; ``known`` None where only joules matter.
+
+    ``trained`` are the states that a training without a gate for them went through: it begins with these.
+    """
     fixed = settings.backbone.blocks(backbone.num_layers)
     if not decides_blocks(settings):
         return Blocks(fixed)
+    fixed = trained or fixed
     known = known or sensitivity.uniform(backbone)
     logits: Tensor | None = None
-    if learns_blocks(settings):
-        assert tuner.spectral is not None
-        gate = tuner.spectral.gate
-        assert isinstance(gate, OrdinalGate)
-        assert gate.blocks is not None
+    gate = None if tuner.spectral is None else tuner.spectral.gate
+    if isinstance(gate, OrdinalGate) and gate.blocks is not None:
         logits = gate.block_logits().detach().cpu()
         if not gate.blocks.off_L2.isnan().any():  # else it was never trained
             known = known.with_off(gate.blocks.off_L2)
@@ -127,6 +144,16 @@ def training_blocks(
         # Asked for before the first step also where it is learned: what cannot be reached should not wait.
         greedy = choose(BlockStates.uniform(layers), known)
         fixed = None if learns_blocks(settings) else greedy
+    elif budget is not None and settings.method.scope == "network" and gate is not None:
+        assert fixed is not None
+        refuse_unreachable(
+            bills_in(whole_model(table.model, budget.batch_size, budget.num_beams), budget, fixed, gate.kind),
+            s.margin,
+            Lengths.of(prompts, budget, settings.generation.new_tokens, bound_of(settings)),
+            emax_j=budget.emax_j,
+            ratio=budget.ratio,
+            what="the network, its blocks as the settings fix them,",
+        )
     prices = _prices(settings, table, budget, None if gate is None else gate.kind, layers)
     return BlockTraining(
         layers,
@@ -156,8 +183,8 @@ def _prices(
     off = BlockStates.uniform(layers, OFF)
 
     def block(kind: int, state: int) -> Terms:
-        return calibrated(model.component(size, beams, kind, state), size, beams).times(1 / size)
+        return calibrated(model.component(size, beams, kind, state), size, beams).times(1 / batch)
 
     blocks = tuple((Terms.zero(), block(kind, INT8), block(kind, FULL)) for kind in range(2))
-    rest = calibrated(model.generation(size, beams, gate, off), size, beams).times(1 / size)
+    rest = calibrated(model.generation(size, beams, gate, off), size, beams).times(1 / batch)
     return BlockPrices(rest, (blocks[0], blocks[1]), emax)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
-from hestctl.generation.engine import blocks_note
+from hestctl.generation.engine import Generator, blocks_note
 from hestctl.generation.engines import Engine, EngineKind, engine_for
 from hestctl.hardening.artefact import read_codes, write_codes
 from hestctl.hardening.plan import read_plan
@@ -19,13 +19,19 @@ from hestctl.settings import Settings, from_document
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
 from hestctl.training.checkpoint import load_tensors
-from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, new_tuner
+from hestctl.workflows.setup import HARDENED_FILE, PLAN_FILE, decides_blocks, new_tuner
 
 
 def chosen_engine(settings: Settings, backbone: Backbone, progress: Progress) -> EngineKind:
     """What this run generates with; told where it is not hestctl's own. Raises HestError (usage)."""
     blocks = settings.backbone.blocks(backbone.num_layers)
     kind = engine_for(backbone, settings.generation.engine, blocks)
+    if decides_blocks(settings) and kind.name == Generator.engine:
+        raise HestError(
+            f"scope network needs hestctl's engine, and this is transformers': {kind.reason}",
+            "--engine hestctl where it knows the model, or --scope adapter",
+            Exit.USAGE,
+        )
     told = "" if blocks.all_full else f", blocks: {blocks_note(blocks)}"
     progress.note(f"engine: {kind.name}{told}" + (f" ({kind.reason})" if kind.reason else ""))
     return kind
@@ -57,7 +63,7 @@ def in_blocks(
         return kind
     kind = kind.running(blocks)
     if blocks.uses_int8 and not tuner.method.lora:
-        folder = store.root / f"int8-{backbone.fingerprint[:16]}"
+        folder = store.root / f"int8-{backbone.fingerprint[:16]}-{str(backbone.dtype).removeprefix('torch.')}"
         if write:
             write_codes(folder, backbone, blocks)
         kind = replace(kind, codes=read_codes(folder, backbone, blocks))

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hestctl.budget import Budget
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
-from hestctl.hardening.plan import Plan
+from hestctl.hardening.plan import Plan, read_plan
 from hestctl.model.backbone import load_backbone
 from hestctl.model.methods import METHODS
 from hestctl.progress import Progress
-from hestctl.records import Run
+from hestctl.records import BlockStates, Run
 from hestctl.runs import new_run_id, recording
-from hestctl.settings import Settings
+from hestctl.settings import Settings, from_document
 from hestctl.store import queries
 from hestctl.store.folder import RunFolder
 from hestctl.store.store import Store
@@ -23,6 +24,7 @@ from hestctl.workflows.engines import in_blocks
 from hestctl.workflows.metering import energy_table, open_meter
 from hestctl.workflows.setup import (
     ADAPTER_FILE,
+    PLAN_FILE,
     budget_of,
     check_reference,
     decides_blocks,
@@ -65,21 +67,31 @@ def harden_run(settings: Settings, store: Store, progress: Progress, *, run_id: 
         check_reference(settings, store, row)
         with recording(store, row) as recorder:
             table = energy_table(settings, backbone, meter, store, recorder, progress)
-            tuner = new_tuner(settings, backbone, table.states, settings.train.seed)
-            tuner.load(load_tensors(RunFolder(store.root, trained.run_id).path / ADAPTER_FILE))
+            # What was trained is what is there, whatever this call decides by.
+            tuner = new_tuner(from_document(trained.settings), backbone, table.states, settings.train.seed)
+            folder = RunFolder(store.root, trained.run_id).path
+            tuner.load(load_tensors(folder / ADAPTER_FILE))
             budget: Budget | None = None
             if method.budgeted:
                 budget = budget_of(settings, store, recorder, backbone, data, table, progress)
             known = None
             if decides_blocks(settings):
                 known = sensitivities_of(settings, backbone, splits, store, recorder, progress)
-            blocks = deciding(settings, backbone, tuner, known)
+            blocks = deciding(settings, backbone, tuner, known, _trained_blocks(folder))
             plan = harden_into(recorder, settings, backbone, tuner, data, table, budget, progress, blocks)
             assert plan is not None
             if plan.blocks.uses_int8:
                 kind = engine_for(backbone, settings.generation.engine, None)
                 in_blocks(kind, store, backbone, tuner, plan.blocks, write=True)
     return Hardened(recorder.run, plan)
+
+
+def _trained_blocks(folder: Path) -> BlockStates | None:
+    """The blocks' states in the plan that training ended with; None where there is none to be read."""
+    try:
+        return read_plan(folder / PLAN_FILE).blocks
+    except HestError:
+        return None
 
 
 def trained_run(store: Store, run_id: str | None) -> Run:

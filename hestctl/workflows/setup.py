@@ -177,9 +177,14 @@ def find_reference(store: Store, run: Run, wanted: str | None) -> Reference | No
 _SAME = ("backbone", "weights", "dtype", "data_hash", "num_beams", "batch_size", "max_new_tokens", "scope")
 
 
+_FREE = (("precision", "full"), ("skip_last", 0))
+
+
 def _differences(old: Run, new: Run) -> list[str]:
     pairs = [(name, getattr(old, name), getattr(new, name)) for name in (*_SAME, "device_uuid")]
     pairs.append(("fingerprint", old.summary.get("fingerprint"), new.summary.get("fingerprint")))
+    # A control's blocks are no reference: E_max is a ratio of the whole network's joules.
+    pairs += [(f"backbone.{key}", old.settings["backbone"].get(key, free), free) for key, free in _FREE]
     return [f"{name} {mine} is not {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
 
@@ -314,6 +319,7 @@ def _new_budget(
     settings: Settings, store: Store, run: Run, backbone: Backbone, data: Data, table: EnergyTable
 ) -> Budget:
     s = settings
+    _refuse_short_batches(s, data)
     reference = find_reference(store, run, s.budget.reference) if s.budget.emax_j is None else None
     prompts = [len(row.prompt_ids) for row in data.test]
     return resolve_budget(
@@ -330,6 +336,23 @@ def _new_budget(
         batch_size=s.generation.batch_size,
         model=table.model,
     )
+
+
+def _refuse_short_batches(s: Settings, data: Data) -> None:
+    """A last batch of fewer requests costs nearly what a whole one does, and a fixed E_max allows it less.
+
+    Raises HestError (usage) where there would be one.
+    """
+    size, envelope = s.generation.batch_size, s.budget.envelope
+    absolute = envelope == "absolute" or (envelope == "auto" and s.budget.emax_j is not None)
+    short = [name for name in ("validation", "test") if len(getattr(data, name)) % size]
+    if s.method.scope == "network" and absolute and short:
+        raise HestError(
+            f"one E_max for all samples, and a last batch of fewer than {size} in {' and '.join(short)}",
+            "--set generation.batch_size=1, or sizes that batches divide, such as "
+            f"--set data.test_samples={max(size, len(data.test) // size * size)}",
+            Exit.USAGE,
+        )
 
 
 def harden_into(

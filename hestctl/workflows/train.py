@@ -21,7 +21,7 @@ from hestctl.model.backbone import Backbone, load_backbone
 from hestctl.model.methods import METHODS, Tuner
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.progress import Progress
-from hestctl.records import Run, StepMetric
+from hestctl.records import BlockStates, Run, StepMetric
 from hestctl.runs import Recorder, new_run_id, recording, resume
 from hestctl.settings import Settings
 from hestctl.store import queries
@@ -181,7 +181,15 @@ class _Work:
         self.recorder.commit()  # what a resumed run keeps must be there before the first checkpoint
         known = None
         if decides_blocks(s):
-            known = sensitivities_of(s, backbone, self.data.splits, self.store, self.recorder, self.progress)
+            known = sensitivities_of(
+                s,
+                backbone,
+                self.data.splits,
+                self.store,
+                self.recorder,
+                self.progress,
+                resumed=self.resumed,
+            )
         tuner = new_tuner(s, self.backbone, table.states, s.train.seed)
         try:
             self._tune(tuner, table, budget, known)
@@ -196,10 +204,11 @@ class _Work:
         counts = tuner.counts()
         run.controller_parameters = counts.controller + counts.thresholds
         run.adapter_parameters = counts.adapter
+        trained = None
         if METHODS[s.method.name].trained:
-            self._train(tuner, table, budget, known)
+            trained = self._train(tuner, table, budget, known)
             save_tensors(self.recorder.folder.path / ADAPTER_FILE, tuner.state(), {"run": run.run_id})
-        blocks = deciding(s, backbone, tuner, known)
+        blocks = deciding(s, backbone, tuner, known, trained)
         plan = harden_into(self.recorder, s, backbone, tuner, self.data, table, budget, self.progress, blocks)
         states = blocks.fixed if plan is None else plan.blocks
         kind = with_kernels(self.engine, table)
@@ -213,7 +222,8 @@ class _Work:
 
     def _train(
         self, tuner: Tuner, table: EnergyTable, budget: Budget | None, known: Sensitivities | None
-    ) -> None:
+    ) -> BlockStates:
+        """Train; the states that the blocks were trained in at last."""
         s, run, ranks = self.settings, self.recorder.run, self.ranks
         prompts = [len(row.prompt_ids) for row in self.data.validation]
         given = ranks.told(Inputs(table, budget, known, prompts))
@@ -241,6 +251,8 @@ class _Work:
         if best.state is not None and best.step != trainer.step:
             self.progress.note(f"taking the best evaluation, step {best.step}")
             tuner.load(best.state)
+        assert trainer.blocks is not None
+        return trainer.blocks.decided()
 
     def _close(self, account: Account) -> None:
         """End training on all ranks: every rank's window is recorded, every device counted once."""
@@ -266,6 +278,8 @@ class _Work:
         steps = trainer.steps()
         while (stopped := _why_stop(trainer, best, account)) is None:
             self.ranks.share(True)
+            if trainer.settle():
+                account.book()  # once in a training, and no step's price
             metric = next(steps)
             account.book("step")
             metric = replace(metric, train_energy_j=account.joules, elapsed_s=account.seconds)
@@ -480,8 +494,12 @@ def _demand_budget(settings: Settings) -> None:
 
 
 def _bytes_needed(settings: Settings, backbone: Backbone) -> int:
-    """Checkpoints kept plus one being written: parameters, two Adam moments and the best, in fp32."""
+    """Checkpoints kept plus one being written, each parameters, two Adam moments and the best in fp32, and
+    the int8 codes of all blocks."""
     m = settings.method
     parameters = 2 * backbone.num_layers * backbone.hidden_size * max(m.rank, 4 * m.lora_rank)
     parameters += backbone.num_layers * backbone.hidden_size * m.rank
-    return 16 * parameters * (settings.train.keep_checkpoints + 1) + 50_000_000
+    checkpoints = 16 * parameters * (settings.train.keep_checkpoints + 1)
+    layers = sum(p.numel() for p in backbone.layers.parameters())
+    codes = layers if settings.method.scope == "network" and not METHODS[m.name].lora else 0
+    return checkpoints + codes + 50_000_000

@@ -12,7 +12,7 @@ from simulated_model import SimulatedModel, total
 
 from hestctl.budget import resolve_budget
 from hestctl.errors import Exit, HestError
-from hestctl.hardening.network import Blocks, choose_blocks, least_base
+from hestctl.hardening.network import Blocks, bills_in, choose_blocks
 from hestctl.hardening.repair import Lengths, least_reachable, refuse_unreachable
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, INT8, OFF, BlockStates
@@ -218,7 +218,7 @@ def test_training_may_refuse_before_it_starts():
     for ratio, refused in ((0.02, True), (0.6, False)):
         budget = budget_of(model, ratio)
         lengths = Lengths.of([400, 600], budget, 64, (1, 4096))
-        bills = least_base(model, budget, LAYERS, "ordinal")
+        bills = bills_in(model, budget, BlockStates.uniform(LAYERS, OFF), "ordinal")
         least = least_reachable(bills, 0.01, lengths)
         assert (least.factor > 1) == refused
         assert least.joules / (0.99 * least.emax_j) == pytest.approx(least.factor)
@@ -272,7 +272,7 @@ def test_what_the_directions_decide_to_spend_is_left_to_them():
 def test_a_plan_answers_for_the_lengths_of_its_bound_alone():
     model = SimulatedModel(LAYERS)
     budget = budget_of(model, 0.6)
-    bills = least_base(model, budget, LAYERS, "ordinal")
+    bills = bills_in(model, budget, BlockStates.uniform(LAYERS, OFF), "ordinal")
     factors = {
         bound: least_reachable(bills, 0.01, Lengths.of([500], budget, 64, bound)).factor
         for bound in ((1, 4096), (300, 4096), (300, 300))
