@@ -27,19 +27,19 @@ row() {
 [ -e "$db" ] || hestctl calibrate --db "$db" -q
 for seed in $seeds; do
     s="--seed $seed"
-    row "base $seed" --method base $s "$@"
-    row "lora $seed" --method lora $s "$@"
-    row "bhsp $seed" --method bhsp $s "$@"
     row "tabs $seed" --method tabs $s "$@"
     for ratio in $ratios; do
         row "hest $ratio $seed" --method hest --emax-ratio "$ratio" $s "$@"
     done
+    row "hest greedy $seed" --method hest --emax-ratio "$last" --set method.layers=greedy $s "$@"
+    row "lora int8 $seed" --method lora --backbone-precision int8 $s "$@"
+    row "lora int8 skip $seed" --method lora --backbone-precision int8 --set backbone.skip_last="$skip" $s "$@"
+    row "base $seed" --method base $s "$@"
+    row "lora $seed" --method lora $s "$@"
+    row "bhsp $seed" --method bhsp $s "$@"
     row "hest adapter $seed" --method hest --scope adapter --emax-ratio 0.6 $s "$@"
     row "hest fp16-only $seed" --method hest --emax-ratio 0.6 --precision fp16-only $s "$@"
     row "hest no dual $seed" --method hest --emax-ratio "$last" --dual none $s "$@"
     row "hest unfactorised $seed" --method hest --emax-ratio "$last" --controller unfactorised $s "$@"
-    row "lora int8 $seed" --method lora --backbone-precision int8 $s "$@"
-    row "lora int8 skip $seed" --method lora --backbone-precision int8 --set backbone.skip_last="$skip" $s "$@"
-    row "hest greedy $seed" --method hest --emax-ratio "$last" --set method.layers=greedy $s "$@"
 done
 hestctl compare --db "$db" --out figures
