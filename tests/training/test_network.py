@@ -29,7 +29,7 @@ from hestctl.model.gates import GateNoise
 from hestctl.model.likelihood import answer_loss
 from hestctl.model.sensitivity import uniform
 from hestctl.records import FULL, INT8, OFF, BlockStates
-from hestctl.training.network import Settlement
+from hestctl.training.network import BlockDraw, Settlement
 
 
 def cosine(a, b):
@@ -177,6 +177,13 @@ def test_probes_depend_on_seed_step_and_micro_batch_alone_and_prefer_what_hangs_
     assert first.count((1, 0)) > 0.8 * len(first)
     assert set(first) == {(layer, block) for layer in range(layers) for block in range(2)}
     assert blocks.draw(None).probe is None, "a decision measures nothing"
+
+
+def test_a_block_is_turned_on_in_the_likelier_state_of_the_two():
+    probability = torch.tensor([[[0.8, 0.05, 0.15], [0.8, 0.15, 0.05]]])
+    draw = BlockDraw(BlockStates((OFF,), (OFF,)), probability)
+    assert draw._replace(probe=(0, 0)).turned() == BlockStates((FULL,), (OFF,))
+    assert draw._replace(probe=(0, 1)).turned() == BlockStates((OFF,), (INT8,))
 
 
 def test_measurements_replace_what_was_known_little_by_little():

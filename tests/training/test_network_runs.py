@@ -55,6 +55,7 @@ def test_a_resumed_run_has_the_losses_of_one_left_alone(stop, samples, tmp_path)
     assert second.blocks.learning == (stop < 5)
     assert begun + curve(second) == expected
     assert second.blocks.state() == whole.blocks.state()
+    assert second.blocks.settlement == whole.blocks.settlement is not None
     assert len(expected) == 9
 
 
