@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hestctl.records import FULL, INT8, OFF, BlockStates
+from hestctl.records import FULL, OFF, BlockStates
 
 _EDGE = 0.05
 """Spreads by which a settled state holds."""
@@ -28,7 +28,6 @@ class BlockGate(nn.Module):
 
     def __init__(self, layers: int, *, int8: bool = True) -> None:
         super().__init__()
-        self.on = INT8 if int8 else FULL
         barred = torch.tensor([0.0, 0.0 if int8 else -math.inf, 0.0])
         self.register_buffer("barred_S", barred, persistent=False)
         self.barred_S: Tensor

@@ -184,21 +184,23 @@ class BlockTraining:
         return self._choose(self.decided(), self.learned())
 
     def swap(self, states: BlockStates, rng: np.random.Generator) -> BlockStates | None:
-        """One block that is off for one of its kind that is on, which costs the same joules.
+        """One block that is off takes the state of one of its kind that is on, which goes off: no joules more.
 
-        Out goes one of those that seem to be worth least. None where no block is off, or all of a kind are.
+        Out goes one of those that seem to be worth least. None where no kind has both.
         """
         worth_L2 = self._blocks.off_L2.cpu()
-        off = [(x, b) for b in range(2) for x in range(self._layers) if states.state(x, b) == OFF]
-        if not off:
+        layers = range(self._layers)
+        off = [[x for x in layers if states.state(x, block) == OFF] for block in range(2)]
+        on = [[x for x in layers if states.state(x, block) != OFF] for block in range(2)]
+        backs = [(x, block) for block in range(2) if on[block] for x in off[block]]
+        if not backs:
             return None
-        back = off[int(rng.integers(len(off)))]
-        on = [(x, back[1]) for x in range(self._layers) if states.state(x, back[1]) == self._blocks.on]
-        if not on:
-            return None
-        least = sorted(on, key=lambda place: float(worth_L2[place]))[:_LEAST]
+        back, block = backs[int(rng.integers(len(backs)))]
+        least = sorted(on[block], key=lambda x: float(worth_L2[x, block]))[:_LEAST]
         out = least[int(rng.integers(len(least)))]
-        return turned(turned(states, back, self._blocks.on), out)
+        swapped = [list(states.attention), list(states.mlp)]
+        swapped[block][back], swapped[block][out] = swapped[block][out], OFF
+        return BlockStates(tuple(swapped[0]), tuple(swapped[1]))
 
     def settle(self, states: BlockStates, told: Settlement) -> None:
         """Fix the states, and make them what the gate says."""

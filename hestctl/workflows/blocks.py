@@ -162,7 +162,7 @@ def training_blocks(
         known,
         fixed=fixed,
         tighten_steps=round(s.tighten * total_steps),
-        settle_step=round(s.settle * total_steps),
+        settle_step=max(1, round(s.settle * total_steps)),  # after something was learned
         choose=choose,
         swaps=s.swaps,
         samples=s.sensitivity_samples,
