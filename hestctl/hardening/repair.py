@@ -281,7 +281,8 @@ def mend(
         b, index = held[waiting[-1]], waiting.pop()
         before = b.state, b.why
         state, worth, _ = step(b, 1)
-        if spend == "useful" and (worth <= 0 or (b.state == INT8 and not harms[index])):
+        buys = harms[index] if b.state == INT8 else worth > 0
+        if spend == "useful" and not buys:
             continue
         b.state, b.why = state, "gate" if state == b.decided else "spare"
         if not fits():

@@ -184,7 +184,7 @@ class BlockTraining:
         return self._choose(self.decided(), self.learned())
 
     def swap(self, states: BlockStates, rng: np.random.Generator) -> BlockStates | None:
-        """One block that is off takes the state of one of its kind that is on, which goes off: no joules more.
+        """A block that is off takes the state of one of its kind that is on, which goes off: no joules more.
 
         Out goes one of those that seem to be worth least. None where no kind has both.
         """
