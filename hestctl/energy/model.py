@@ -14,7 +14,7 @@ head, and the idle watts of launch gaps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -269,6 +269,16 @@ class EnergyModel:
     def _known(self) -> str:
         known = sorted({(p.batch_size, p.num_beams) for p in self.points})
         return ", ".join(f"{batch} x {beams}" for batch, beams in known) + " was"
+
+    def with_batches_of(self, older: EnergyModel) -> EnergyModel:
+        """This model, and from an older one of the same network the batches and beams that this one lacks."""
+        mine = {(p.batch_size, p.num_beams) for p in self.points}
+        return replace(
+            self,
+            points=self.points + tuple(p for p in older.points if (p.batch_size, p.num_beams) not in mine),
+            adapters=self.adapters
+            + tuple(a for a in older.adapters if (a.batch_size, a.num_beams) not in mine),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

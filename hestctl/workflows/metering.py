@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -111,7 +112,11 @@ def energy_table(
         if lacking is not None:
             progress.note(f"scope network needs the energy of whole generations: {lacking}")
             energy = settings.energy.model_copy(update={"batch_sizes": (asked.batch_size,)})
+            known = None if table is None else table.model
             table = Calibration(target, energy, meter, progress, recorder.check).full(asked.num_beams)
+            if known is not None and table.model is not None:
+                # The newest table is the one that is found: what an older one of its key knows goes with it.
+                table = replace(table, model=table.model.with_batches_of(known))
             record_table(table, recorder, progress)
     elif table is None:
         table = Calibration(target, settings.energy, meter, progress, recorder.check).directions()

@@ -290,3 +290,18 @@ def test_no_subject_begins_like_another() -> None:
     assert not longer.text.startswith(KEY.subject_text)
     piped = TableKey({"device": "a|b"}, {})
     assert piped.text == "device=a/b||"
+
+
+def test_a_newer_model_keeps_the_batches_that_it_did_not_measure():
+    cost, other = Cost(1.0, 0.0), Cost(2.0, 0.0)
+
+    def model(batches, cost):
+        points = tuple(GenerationPoint(b, n, 64, 1, cost) for b, n in batches)
+        adapters = tuple(AdapterPass("linear", b, n, cost, cost) for b, n in batches)
+        return EnergyModel("hestctl", 2, points, adapters)
+
+    newer = model([(1, 4)], cost).with_batches_of(model([(1, 1), (4, 1), (1, 4)], other))
+    found = {(p.batch_size, p.num_beams): p.cost for p in newer.points}
+    assert found == {(1, 4): cost, (1, 1): other, (4, 1): other}
+    assert {(a.batch_size, a.num_beams): a.prefill for a in newer.adapters} == found
+    assert len(newer.points) == len(newer.adapters) == 3
