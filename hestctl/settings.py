@@ -154,8 +154,8 @@ class BudgetSettings(_Section):
 
     In scope network blocks start by their ``sensitivity``, over so many training samples: by one backward
     pass each, or exactly, block after block. The budget tightens from all that the backbone spends to E_max
-    over the first ``tighten`` of training; blocks draw their states until ``settle`` of it and keep them from
-    there on, after so many ``swaps`` were tried on the samples of the sensitivities.
+    over the first ``tighten`` of training after the warm-up; blocks draw their states until ``settle`` of it
+    and keep them from there on, after so many ``swaps`` were tried on the samples of the sensitivities.
     """
 
     emax_ratio: float | None = Field(default=0.6, gt=0, le=10)

@@ -106,7 +106,7 @@ def test_a_matched_network_budget_is_a_ratio_of_tabs_at_every_length():
         tabs += 4 * 2 * position_j * (prompt + new - 1)
         assert budget.bill.emax.of(4).total_j(prompt, new) == pytest.approx(0.6 * tabs)
         assert budget.bill.emax.of(2) == budget.bill.emax.of(4)
-    assert budget.emax_j == pytest.approx(budget.bill.emax.of(4).total_j(90, 10) / 4)
+    assert budget.emax_j == pytest.approx(budget.bill.emax.of(3).total_j(90, 10) / 3)
     hest = NETWORK["model"].generation(4, 2, "ordinal", None)
     assert budget.bill.base == hest
     assert "tabs-1" in budget.origin
@@ -118,7 +118,7 @@ def test_a_predicted_network_budget_takes_the_prompts_lengths():
     budget = resolve_budget(**NETWORK)
     assert (budget.prompt_tokens, budget.new_tokens) == (40.0, 10)
     assert "predicted" in budget.origin
-    assert budget.emax_j == pytest.approx(budget.bill.emax.of(4).total_j(40, 10) / 4)
+    assert budget.emax_j == pytest.approx(budget.bill.emax.of(3).total_j(40, 10) / 3)
 
 
 def test_an_absolute_network_budget_is_one_number_a_sample():

@@ -16,6 +16,9 @@ from hestctl.records import FULL, OFF, BlockStates
 _EDGE = 0.05
 """Spreads by which a settled state holds."""
 
+_SURE = 200.0
+"""Beta of settled gates: nothing is drawn any more, and what is expected is what was decided."""
+
 
 class BlockGate(nn.Module):
     """Ordinal logits of every block, as those of the directions: the argmax switches at c1 and at c2.
@@ -69,6 +72,7 @@ class BlockGate(nn.Module):
             full_L2 = torch.minimum(full_L2, on_L2 - _EDGE)
             self.threshold.copy_(score_L1 - on_L2)
             self.gap.copy_(torch.log(torch.expm1(on_L2 - full_L2)))
+            self.log_beta.fill_(math.log(_SURE))
 
     def normal(self, score_L: Tensor) -> Tensor:
         """Scores in spreads from the centre, (L,)."""

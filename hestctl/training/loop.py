@@ -168,10 +168,10 @@ class Trainer:
             self._scaler.update()
             self._optimizer.zero_grad(set_to_none=True)
             metric = self._metric(rows, totals, float(norm), rate, time.perf_counter() - started)
-            if self.multiplier is not None and self.step >= self._warmup:
+            if self.multiplier is not None and self.step >= self.warmup_steps:
                 ratio = metric.energy_ratio or 0.0
                 if self.blocks is not None:
-                    ratio /= self.blocks.looseness(self.step + 1 - self._warmup, ratio)
+                    ratio /= self.blocks.looseness(self.step + 1 - self.warmup_steps, ratio)
                 self.multiplier.step(ratio)
             self.step += 1
             yield metric
@@ -207,7 +207,8 @@ class Trainer:
             self.blocks.restore(state["blocks"])
 
     @property
-    def _warmup(self) -> int:
+    def warmup_steps(self) -> int:
+        """Steps in which rates rise and the multiplier stands still."""
         # A warm-up longer than a tenth of a short run would leave no steps at full rate.
         return min(self._settings.warmup_steps, max(1, self.total_steps // 10))
 
@@ -230,7 +231,7 @@ class Trainer:
 
     def _set_rates(self) -> float:
         """Linear warm-up, then a cosine to zero; returns the rate of the first group."""
-        warmup = self._warmup
+        warmup = self.warmup_steps
         if self.step < warmup:
             factor = (self.step + 1) / warmup
         else:

@@ -115,6 +115,7 @@ def training_blocks(
     known: Sensitivities | None,
     *,
     prompts: list[int],
+    warmup_steps: int,
     total_steps: int,
 ) -> BlockTraining:
     """The blocks of a training: learned, fixed by settings, or fixed by the sensitivities.
@@ -161,8 +162,9 @@ def training_blocks(
         gate if isinstance(gate, OrdinalGate) else None,
         known,
         fixed=fixed,
-        tighten_steps=round(s.tighten * total_steps),
-        settle_step=max(1, round(s.settle * total_steps)),  # after something was learned
+        tighten_steps=round(s.tighten * (total_steps - warmup_steps)),
+        # The multiplier stands still while rates warm up: nothing would have been decided before that.
+        settle_step=warmup_steps + max(1, round(s.settle * (total_steps - warmup_steps))),
         choose=choose,
         swaps=s.swaps,
         samples=s.sensitivity_samples,

@@ -57,6 +57,7 @@ def trainer_for(
         given.budget,
         given.sensitivities,
         prompts=given.prompts,
+        warmup_steps=trainer.warmup_steps,
         total_steps=trainer.total_steps,
     )
     return trainer

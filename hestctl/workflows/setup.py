@@ -20,7 +20,7 @@ from hestctl.hardening.plan import Plan
 from hestctl.model.backbone import Backbone, resolve_device
 from hestctl.model.methods import METHODS, Tuner, build_tuner
 from hestctl.progress import Progress
-from hestctl.records import FULL, INT8, Run
+from hestctl.records import OFF, Run
 from hestctl.runs import Recorder, new_run_id, versions
 from hestctl.settings import Settings
 from hestctl.store import queries
@@ -242,7 +242,7 @@ def new_tuner(settings: Settings, backbone: Backbone, states: tuple[int, ...], s
     return tuner
 
 
-def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
+def record_plan(plan: Plan, recorder: Recorder, progress: Progress, spend: str) -> None:
     """Store the plan with its certificate, and tell what repair did."""
     energies = plan.energies
     recorder.plan({**plan.as_dict(), "certificate": certificate(plan), "worst": worst(plan)})
@@ -257,14 +257,14 @@ def record_plan(plan: Plan, recorder: Recorder, progress: Progress) -> None:
         f"(worst {energies.worst_ratio:.3f}); expected {expected:.3f}, hard gates before repair {decided:.3f}"
     )
     if not 0.95 <= hardened <= 1.0:
-        progress.note(f"outside 0.95 to 1.00 of E_max because {_why_outside(plan, hardened)}")
+        progress.note(f"outside 0.95 to 1.00 of E_max because {_why_outside(plan, spend)}")
     if plan.moved is not None and abs(plan.moved) > 0.1:
         progress.note(
             f"flag: repair moved the energy by {100 * plan.moved:+.0f} %; train longer to need less"
         )
 
 
-def _why_outside(plan: Plan, hardened: float) -> str:
+def _why_outside(plan: Plan, spend: str) -> str:
     if plan.scope == "adapter":
         if plan.uses_int8:
             return "a token that the ledger cuts may leave up to one int8 direction unspent"
@@ -274,15 +274,19 @@ def _why_outside(plan: Plan, hardened: float) -> str:
         return "the settings fix the states of all blocks"
     if plan.blocks.all_full:
         return "every block is at full: there is nothing left to buy"
-    below = [choice for choice in chosen if choice.state != FULL]
-    if all(choice.why == "free" or choice.state == INT8 == choice.decided for choice in below):
+    most = worst(plan)
+    assert most is not None
+    if most["bound_over_emax"] >= 0.95 * (1 - plan.margin):
+        return (
+            f"{most['length_tokens']:,} + {most['new_tokens']} tokens have to fit too, and take "
+            f"{most['bound_over_emax']:.3f} ({100 * plan.margin:.2g} % stay in reserve for the model's error)"
+        )
+    if spend == "useful" and all(choice.state != OFF for choice in chosen):
         return (
             "every block that int8 measurably harms is at full: more joules would buy nothing "
             "(--set budget.spend=all spends them)"
         )
-    if 1 - plan.margin < 0.95:
-        return f"{100 * plan.margin:.0f} % stay in reserve for the energy model's error"
-    return "the longest generation binds: at the lengths of these samples it leaves joules unspent"
+    return "the next block would not fit any more"
 
 
 def budget_of(
@@ -388,7 +392,7 @@ def harden_into(
             blocks=blocks,
             bound=bound_of(settings),
         )
-        record_plan(plan, recorder, progress)
+        record_plan(plan, recorder, progress, settings.budget.spend)
     if METHODS[settings.method.name].trained:
         metadata = {"plan": "" if plan is None else plan.run_id}
         save_tensors(recorder.folder.path / HARDENED_FILE, tuner.state(), metadata)

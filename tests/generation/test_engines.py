@@ -73,7 +73,7 @@ def test_a_run_s_blocks_run_from_the_codes_in_its_store(
     )
     lora.discard()
     kind = in_blocks(own, store, backbone, hest, MIXED, write=True)
-    assert [path.name for path in store.root.glob("int8-*")] == [f"int8-{backbone.fingerprint[:16]}"]
+    assert [path.name for path in store.root.glob("int8-*")] == [f"int8-{backbone.fingerprint[:16]}-float32"]
     assert kind.codes is not None
     assert set(kind.codes) == {(0, "gate_proj"), (0, "up_proj"), (0, "down_proj")}
     out = kind.make(backbone, None, None).generate(samples(1), new_tokens=2, num_beams=1)

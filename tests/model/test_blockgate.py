@@ -92,7 +92,9 @@ def test_margins_that_agree_are_kept(seed: int) -> None:
     assert not agree_L2.all()
     gate.settle(score_L, states_of(wanted_L2))
     after = gate.logits(score_L)
-    assert torch.allclose(after[kept_L2], before[kept_L2], atol=1e-3)
+    kept_S, before_S = after[kept_L2] / gate.log_beta.exp(), margin_L2S[kept_L2]
+    assert torch.allclose(kept_S, before_S, atol=1e-3)
+    assert after.softmax(-1).amax(-1).min() > 0.999, "what is expected is what was decided"
 
 
 def test_what_is_settled_survives_its_tensors() -> None:
