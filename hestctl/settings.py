@@ -148,9 +148,9 @@ class BudgetSettings(_Section):
 
     ``envelope`` matched allows every sample a ratio of what TABS spends at its very lengths, absolute one
     number whatever the lengths; auto takes matched in scope network, absolute in scope adapter and for
-    joules given outright. A plan fits prompts of ``shortest`` to ``longest`` tokens (data.max_tokens where
-    None), and generation refuses others that do not fit. ``spend`` useful leaves joules unspent that buy no
-    likelihood.
+    joules given outright. A plan fits prompts of ``shortest`` to ``longest`` tokens (None: from the shortest
+    prompt of the validation and test splits to data.max_tokens), and generation refuses others that do not
+    fit. ``spend`` useful leaves joules unspent that buy no likelihood.
 
     In scope network blocks start by their ``sensitivity``, over so many training samples: by one backward
     pass each, or exactly, block after block. The budget tightens from all that the backbone spends to E_max
@@ -167,7 +167,7 @@ class BudgetSettings(_Section):
     margin: float = Field(default=0.01, ge=0, lt=0.5)
     envelope: Literal["auto", "matched", "absolute"] = "auto"
     spend: Literal["useful", "all"] = "useful"
-    shortest: int = Field(default=16, ge=1)
+    shortest: int | None = Field(default=None, ge=1)
     longest: int | None = Field(default=None, ge=1)
     sensitivity: Literal["gradient", "exact"] = "gradient"
     sensitivity_samples: int = Field(default=8, ge=2)

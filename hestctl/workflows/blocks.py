@@ -23,7 +23,7 @@ from hestctl.settings import Settings
 from hestctl.store import queries
 from hestctl.store.store import Store
 from hestctl.training.network import BlockPrices, BlockTraining
-from hestctl.workflows.setup import bound_of, decides_blocks, learns_blocks
+from hestctl.workflows.setup import decides_blocks, learns_blocks
 
 
 def sensitivities_of(
@@ -115,13 +115,14 @@ def training_blocks(
     known: Sensitivities | None,
     *,
     prompts: list[int],
+    bound: tuple[int, int],
     warmup_steps: int,
     total_steps: int,
 ) -> BlockTraining:
     """The blocks of a training: learned, fixed by settings, or fixed by the sensitivities.
 
-    ``prompts`` are the tokens of the reference's prompts. Raises HestError: exit 5 where the least that can
-    be reached exceeds the budget, usage for what was not calibrated.
+    ``prompts`` are the tokens of the reference's prompts, ``bound`` as for ``harden``. Raises HestError: exit
+    5 where the least that can be reached exceeds the budget, usage for what was not calibrated.
     """
     layers, s = backbone.num_layers, settings.budget
     gate = None if tuner.spectral is None else tuner.spectral.gate
@@ -136,7 +137,7 @@ def training_blocks(
             gate="ordinal",
             margin=s.margin,
             position_j=predicted_tabs_j(layers, settings.method.rank, table.full.joules),
-            lengths=Lengths.of(prompts, budget, settings.generation.new_tokens, bound_of(settings)),
+            lengths=Lengths.of(prompts, budget, settings.generation.new_tokens, bound),
         )
         return states
 
@@ -150,7 +151,7 @@ def training_blocks(
         refuse_unreachable(
             bills_in(whole_model(table.model, budget.batch_size, budget.num_beams), budget, fixed, gate.kind),
             s.margin,
-            Lengths.of(prompts, budget, settings.generation.new_tokens, bound_of(settings)),
+            Lengths.of(prompts, budget, settings.generation.new_tokens, bound),
             emax_j=budget.emax_j,
             ratio=budget.ratio,
             what="the network, its blocks as the settings fix them,",

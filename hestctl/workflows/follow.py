@@ -30,6 +30,7 @@ class Inputs:
     budget: Budget | None
     sensitivities: Sensitivities | None
     prompts: list[int]
+    bound: tuple[int, int]
 
 
 def trainer_for(
@@ -57,6 +58,7 @@ def trainer_for(
         given.budget,
         given.sensitivities,
         prompts=given.prompts,
+        bound=given.bound,
         warmup_steps=trainer.warmup_steps,
         total_steps=trainer.total_steps,
     )

@@ -214,11 +214,12 @@ def decides_blocks(settings: Settings) -> bool:
     return free and method.scope == "network" and METHODS[method.name].budgeted
 
 
-def bound_of(settings: Settings) -> tuple[int, int]:
+def bound_of(settings: Settings, data: Data) -> tuple[int, int]:
     """The prompt tokens between which a plan must fit its budget."""
     s = settings.budget
     longest = settings.data.max_tokens if s.longest is None else s.longest
-    return min(s.shortest, longest), longest
+    prompts = [len(row.prompt_ids) for row in (*data.validation, *data.test)]
+    return min(min(prompts) if s.shortest is None else s.shortest, longest), longest
 
 
 def learns_blocks(settings: Settings) -> bool:
@@ -390,7 +391,7 @@ def harden_into(
             margin=settings.budget.margin,
             generation=settings.generation,
             blocks=blocks,
-            bound=bound_of(settings),
+            bound=bound_of(settings, data),
         )
         record_plan(plan, recorder, progress, settings.budget.spend)
     if METHODS[settings.method.name].trained:

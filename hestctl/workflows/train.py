@@ -46,6 +46,7 @@ from hestctl.workflows.setup import (
     ADAPTER_FILE,
     SPLITS,
     Data,
+    bound_of,
     budget_of,
     check_reference,
     decides_blocks,
@@ -226,7 +227,7 @@ class _Work:
         """Train; the states that the blocks were trained in at last."""
         s, run, ranks = self.settings, self.recorder.run, self.ranks
         prompts = [len(row.prompt_ids) for row in self.data.validation]
-        given = ranks.told(Inputs(table, budget, known, prompts))
+        given = ranks.told(Inputs(table, budget, known, prompts, bound_of(s, self.data)))
         trainer = trainer_for(s, self.backbone, tuner, self.data.train, given, ranks)
         best = Best(patience=s.train.patience)
         meter = JointMeter(self.meter, ranks)
