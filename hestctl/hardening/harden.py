@@ -77,7 +77,7 @@ def harden(
     layers = adapters.shape[0]
     if blocks is None:
         blocks = Blocks(BlockStates.uniform(layers))
-    codes = blocks.codes or Int8Codes()
+    codes = Int8Codes()
     lengths = Lengths.of([len(row.prompt_ids) for row in rows], budget, generation.new_tokens, bound)
 
     def look(states: BlockStates) -> list[_Look]:

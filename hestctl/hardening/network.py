@@ -15,7 +15,6 @@ from hestctl.budget import Bill, Budget, calibrated, calibrated_sizes, whole_mod
 from hestctl.energy.model import EnergyModel, GateKind, Terms
 from hestctl.hardening.plan import BlockChoice, Plan
 from hestctl.hardening.repair import Lengths, Prices, mend, refuse_unreachable
-from hestctl.model.blocks import Int8Codes
 from hestctl.model.sensitivity import Sensitivities
 from hestctl.records import FULL, OFF, BlockStates
 
@@ -26,15 +25,13 @@ class Blocks:
 
     ``fixed`` are those that settings fix, or all full. Where ``sensitivities`` are given a budget decides
     instead, by them: it begins with what the gate's ``logits_L2S`` say, or with ``fixed``. ``spend`` is that
-    of the budget's settings; ``codes`` are int8 codes that are already there. ``int8`` false takes that state
-    from the offer.
+    of the budget's settings; ``int8`` false takes that state from the offer.
     """
 
     fixed: BlockStates
     logits_L2S: Tensor | None = None
     sensitivities: Sensitivities | None = None
     spend: Literal["useful", "all"] = "useful"
-    codes: Int8Codes | None = None
     int8: bool = True
 
     @property
