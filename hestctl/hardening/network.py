@@ -73,7 +73,7 @@ def settle(
     batch_size, beams = plan.batch_size, plan.num_beams
     known = whole_model(model, batch_size, beams)
     sizes = calibrated_sizes(known, beams, batch_size)
-    margin = max(plan.margin, fit_error(known, beams, sizes))
+    margin = reserve(plan.margin, budget, fit_error(known, beams, sizes))
     expected = decided = None
     if blocks.sensitivities is None or budget is None:
         states, choices = blocks.decided, _kept(known, sizes[-1], beams, blocks, lengths)
@@ -124,12 +124,20 @@ def choose_blocks(
         spend=blocks.spend,
         int8=blocks.int8,
         fit_error=error,
-        margin=max(margin, error),
+        margin=reserve(margin, budget, error),
         position_j=position_j,
         lengths=lengths,
         ratio=budget.ratio,
         emax_j=budget.emax_j,
     )
+
+
+def reserve(margin: float, budget: Budget | None, error: float) -> float:
+    """The part of E_max that is left to the model's error.
+
+    A matched E_max is a ratio of two figures of one model, whose error is in both.
+    """
+    return max(margin, error) if budget is not None and budget.envelope == "absolute" else margin
 
 
 def fit_error(model: EnergyModel, num_beams: int, sizes: Sequence[int]) -> float:
