@@ -172,7 +172,7 @@ def refuse_unreachable(
     raise HestError(
         f"the budget cannot be met: {what} takes {least.joules:.4g} J a sample of {least.prompt_tokens} + "
         f"{least.new_tokens} tokens in a batch of {least.batch_size}, E_max there is {least.emax_j:.4g} J, "
-        f"both predicted ({100 * margin:.2g} % of it in reserve for the energy model's error)",
+        f"both predicted ({100 * margin:.2g} % of it in reserve)",
         f"{flag} is the least reachable here",
         Exit.OVER_BUDGET,
     )

@@ -280,7 +280,7 @@ def _why_outside(plan: Plan, spend: str) -> str:
     if most["bound_over_emax"] >= 0.95 * (1 - plan.margin):
         return (
             f"{most['length_tokens']:,} + {most['new_tokens']} tokens have to fit too, and take "
-            f"{most['bound_over_emax']:.3f} ({100 * plan.margin:.2g} % stay in reserve for the model's error)"
+            f"{most['bound_over_emax']:.3f} ({100 * plan.margin:.2g} % stay in reserve)"
         )
     if spend == "useful" and all(choice.state != OFF for choice in chosen):
         return (

@@ -295,6 +295,14 @@ def test_a_matched_plan_keeps_the_margin_that_was_asked_for(backbone, samples):
     assert plan.energies.worst_ratio <= 0.99
 
 
+def test_an_absolute_plans_margin_covers_the_models_error(backbone, samples):
+    model = model_of(backbone, error=0.06)
+    budget = budget_of(model, None, emax_j=0.9 * total(model.generation(4, 2, "linear", None), 32, 6) / 4)
+    _, plan = hardened(backbone, samples(3), model=model, budget=budget)
+    assert plan.margin == 0.06
+    assert plan.energies.worst_ratio <= 0.94
+
+
 @pytest.mark.parametrize("kind", [Generator, NativeGenerator])
 def test_beams_that_run_on_after_the_longest_answer_are_counted(kind, backbone, samples, monkeypatch):
     """The best answer may be short while the search goes on: the log says how long it did."""
