@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from hestctl.compare.statistics import Measure, QualityVerdict, absent
@@ -180,6 +180,7 @@ class Comparison:
     """Runs that may be compared with one another, and what follows from them.
 
     ``facts`` is what all of them share (device, backbone, data, generation settings, meter).
+    ``equal_quality`` is each configuration's verdict beside ``best_baseline``, by its label.
     """
 
     task: Task
@@ -195,6 +196,7 @@ class Comparison:
     gap_vs_controls: Gap
     estimated_time_ratio: Measure
     conclusion: str
+    equal_quality: Mapping[str, QualityVerdict] = field(default_factory=dict)
     set_apart: tuple[SetApart, ...] = ()
     expectations: tuple[Expectation, ...] = ()
     profile_runs: tuple[ProfileRun, ...] = ()

@@ -22,7 +22,7 @@ from hestctl.compare.loading import (
 )
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
-from hestctl.compare.statistics import Measure, absent
+from hestctl.compare.statistics import Measure, QualityVerdict, absent
 from hestctl.compare.text import TextTable, as_rows, summary_lines
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Run
@@ -79,6 +79,7 @@ def compare(
         gap_vs_controls=control_gap,
         estimated_time_ratio=_time_ratio(deciding, kind),
         conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap),
+        equal_quality=_equal_quality(made, baseline, compared, margin),
         set_apart=(*others, *superseded, *apart),
         expectations=expectations.lines(
             connection, shared, proposed, tabs, rows, _pair_of(compared, proposed, tabs)
@@ -179,6 +180,20 @@ def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
     return [
         entry for entry in side if entry is best or pairs.quality(entry, best, margin).verdict != "inferior"
     ]
+
+
+def _equal_quality(
+    made: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair], margin: float
+) -> dict[str, QualityVerdict]:
+    """Whether each configuration is not inferior to ``baseline``, which is equal to itself."""
+    if baseline is None:
+        return {}
+    found: dict[str, QualityVerdict] = {baseline.label: "not inferior"}
+    for entry in made:
+        if entry is not baseline:
+            pair = _pair_of(compared, entry, baseline)
+            found[entry.label] = pair.quality if pair else pairs.quality(entry, baseline, margin).verdict
+    return found
 
 
 def _cheapest(side: Sequence[Entry]) -> Entry | None:
