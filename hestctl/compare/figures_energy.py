@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import plotnine
 
 from hestctl.compare import frames
 from hestctl.compare.canvas import Canvas, labels_of
-from hestctl.compare.labels import place
+from hestctl.compare.labels import Box, place
 from hestctl.compare.look import Figure
 from hestctl.compare.style import BASE_SIZE, PARTS, WIDTH_IN
 
@@ -64,25 +65,29 @@ def front(canvas: Canvas) -> Figure:
     best = frame[frame["best"]].sort_values("x")
     title = "accuracy, %" if comparison.task == "classification" else "ROUGE-Lsum, points"
     chance = comparison.rows[0].measure("chance_percent").value
-    marks = pd.concat([frame, seeds])
+    level = pd.DataFrame({"y": [] if chance is None else [chance]}, dtype=float)
+    marks = pd.concat([frame, seeds, level])
     x, y = _ends(marks, "x"), _ends(marks, "y")
+    level_bars = frame[["x_low", "y", "x_high", "y"]].to_numpy().tolist()
+    upright_bars = frame[["x", "y_low", "x", "y_high"]].to_numpy().tolist()
     height_in = 3.9 + 0.06 * len(frame)
     spots = place(
         list(zip(frame["x"].tolist(), frame["y"].tolist(), strict=True)),
         [str(label) for label in frame["configuration"]],
+        bars=[*map(Box._make, level_bars), *map(Box._make, upright_bars), *_steps(best)],
         size_in=(WIDTH_IN - 0.75, height_in - 1.5),
         x=x,
         y=y,
         points_of_type=BASE_SIZE - 2.5,
     )
-    frame["label_x"], frame["label_y"] = zip(*spots, strict=True)
+    frame[["label_x", "label_y", "line_x", "line_y"]] = spots
     plot = p9.ggplot(frame, p9.aes("x", "y"))
     if len(best) > 1:
         plot += p9.geom_step(data=best, direction="hv", size=0.6, linetype="dashed", color=canvas.ink.muted)
     if len(seeds):
         plot += p9.geom_point(p9.aes(color="colour", shape="shape"), data=seeds, size=0.9, alpha=0.45)
     plot += [
-        p9.geom_segment(p9.aes(xend="label_x", yend="label_y"), size=0.25, color=canvas.ink.muted),
+        p9.geom_segment(p9.aes(xend="line_x", yend="line_y"), size=0.25, color=canvas.ink.muted),
         p9.geom_segment(p9.aes(x="x_low", xend="x_high", yend="y", color="colour"), size=0.4, alpha=0.6),
         p9.geom_segment(p9.aes(y="y_low", yend="y_high", xend="x", color="colour"), size=0.4, alpha=0.6),
         p9.geom_text(
@@ -103,6 +108,13 @@ def front(canvas: Canvas) -> Figure:
         says += "; dotted: chance level"
     plot += canvas.look("Quality against joules", f"joules {canvas.metered}", says)
     return Figure(plot, height_in)
+
+
+def _steps(best: pd.DataFrame) -> list[Box]:
+    """The parts of the front's line."""
+    corners = best[["x", "y"]].to_numpy().tolist()
+    steps = [((x, y, right, y), (right, y, right, top)) for (x, y), (right, top) in pairwise(corners)]
+    return [Box(*edges) for step in steps for edges in step]
 
 
 def _ends(marks: pd.DataFrame, axis: str) -> tuple[float, float]:

@@ -40,10 +40,18 @@ def meter(canvas: Canvas) -> Figure:
     panels = frame["panel"].nunique()
     columns = 2 if panels == 4 else 3
     frame["configuration"] = pd.Categorical(frame["configuration"], labels[::-1])
+    # A panel of nothing but zeros is no reason for an axis from -0.5 to 0.5.
+    ends = frame.groupby("panel", observed=True)["high"].max().clip(lower=1.0).reset_index(name="value")
+    ends["configuration"] = frame["configuration"].iloc[0]
     plot = (
-        p9.ggplot(frame, p9.aes("value", "configuration", color="colour"))
-        + p9.geom_segment(p9.aes(x="low", xend="high", yend="configuration"), size=0.5, alpha=0.6)
-        + p9.geom_point(p9.aes(shape="shape", fill="colour"), size=1.5, alpha=0.75, stroke=0.2)
+        p9.ggplot(frame, p9.aes("value", "configuration"))
+        + p9.geom_blank(data=ends)
+        + p9.geom_segment(
+            p9.aes(x="low", xend="high", yend="configuration", color="colour"), size=0.5, alpha=0.6
+        )
+        + p9.geom_point(
+            p9.aes(shape="shape", fill="colour", color="colour"), size=1.5, alpha=0.75, stroke=0.2
+        )
         + p9.facet_wrap("panel", ncol=columns, scales="free_x")
         + p9.scale_color_identity()
         + p9.scale_fill_identity()
@@ -55,7 +63,11 @@ def meter(canvas: Canvas) -> Figure:
             f"joules {canvas.metered}; a mark is a run; bars: the shortest to the longest window",
             *reasons,
         )
-        + p9.theme(strip_text=p9.element_text(size=BASE_SIZE - 2, color=canvas.ink.text, ha="left"))
+        + p9.theme(
+            strip_text=p9.element_text(size=BASE_SIZE - 2, color=canvas.ink.text, ha="left"),
+            axis_text=p9.element_text(size=BASE_SIZE - 2, color=canvas.ink.text),
+            panel_spacing_x=0.04,
+        )
     )
     return Figure(plot, 1.6 + (0.55 + 0.15 * len(labels)) * -(-panels // columns))
 
@@ -83,11 +95,12 @@ def _learning(canvas: Canvas, column: str, axis: str, title: str) -> Figure:
                 color=canvas.ink.muted,
             )  # fmt: skip
             says.append(f"{line} line: " + ("warm-up ends" if what == "warmup" else "blocks settle"))
-    if seeds["run_id"].nunique() > seeds["configuration"].nunique():
-        plot += p9.geom_line(p9.aes(group="run_id"), data=seeds, size=0.3, alpha=0.55)
+    curves = _curves(seeds, "run_id")
+    if curves["run_id"].nunique() > curves["configuration"].nunique():
+        plot += p9.geom_line(p9.aes(group="run_id"), data=curves, size=0.3, alpha=0.55)
         says.append("thin: seeds, bold: mean")
-    if len(train):
-        plot += p9.geom_line(p9.aes(group="configuration"), data=train, size=0.9)
+    if len(_curves(train, "configuration")):
+        plot += p9.geom_line(p9.aes(group="configuration"), data=_curves(train, "configuration"), size=0.9)
     if (train.groupby("configuration", observed=True).size() < 8).any():
         plot += p9.geom_point(data=train, size=1)
     if len(held_out):
@@ -103,6 +116,11 @@ def _learning(canvas: Canvas, column: str, axis: str, title: str) -> Figure:
         *canvas.look(title, "; ".join(says), left),
     ]
     return Figure(plot, 1.6 + 1.2 * rows_of(len(labels)))
+
+
+def _curves(frame: pd.DataFrame, by: str) -> pd.DataFrame:
+    """The rows of what has more than one: a line needs two points."""
+    return frame[frame.groupby(by, observed=True)["step"].transform("size") > 1]
 
 
 def _few_breaks(limits: tuple[float, float]) -> list[float]:

@@ -31,14 +31,14 @@ def depth(canvas: Canvas) -> Figure:
     layers = int(frame["layer"].max()) + 1
     blocks = frames_states.blocks(canvas.connection, canvas.comparison)
     blocks = blocks[blocks["configuration"].isin(labels)]
-    ticks, names = [0.0, 50.0], ["0", "50"]
+    ticks, names = [0.0, 50.0, 100.0], ["0", "50", "100"]
     says = "percent of direction-tokens in test generation, input layer at the top"
     if len(blocks):
         blocks["start"] = [_BLOCKS_AT[block] for block in blocks["block"]]
         blocks["end"] = blocks["start"] + _BLOCK_WIDTH
         frame = pd.concat([frame, blocks])
-        ticks += [at + _BLOCK_WIDTH / 2 for at in _BLOCKS_AT.values()]
-        names += [block[0].upper() for block in _BLOCKS_AT]
+        ticks[2:] = [at + _BLOCK_WIDTH / 2 for at in _BLOCKS_AT.values()]
+        names[2:] = [block[0].upper() for block in _BLOCKS_AT]
         says += "; columns A and M: the state of the layer's own attention and MLP"
     present = [state for state in STATES if state in set(frame["state"])]
     frame["state"] = pd.Categorical(frame["state"], present)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import duckdb
 import numpy as np
@@ -19,6 +19,9 @@ from scipy import stats
 from hestctl.compare.results import PRIMARY, Comparison, Row
 from hestctl.compare.statistics import LEVEL, Measure, absent
 from hestctl.compare.text import number
+
+ADAPTIVE: Final = ("hest", "tabs", "bhsp")
+"""Methods whose adapters have directions."""
 
 
 class NoDataError(Exception):
@@ -211,12 +214,13 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         if net.value is None:
             lacking.setdefault(f"idle draw: {net.reason or 'not known'}", []).append(one.label)
             continue
-        adapters = directions.get(one.label, 0.0)
-        found += [
-            (one.label, "by cause", "idle", gross.value - net.value),
-            (one.label, "by cause", "directions", adapters),
-            (one.label, "by cause", "all else", max(0.0, net.value - adapters)),
-        ]
+        found.append((one.label, "by cause", "idle", gross.value - net.value))
+        adapters = directions.get(one.label)
+        if adapters is not None:
+            found.append((one.label, "by cause", "directions", adapters))
+        elif one.rows[0].method in ADAPTIVE:
+            lacking.setdefault("directions: no log of states, or no plan with prices", []).append(one.label)
+        found.append((one.label, "by cause", "all else", max(0.0, net.value - (adapters or 0.0))))
     told = [f"{reason} ({', '.join(labels)})" for reason, labels in lacking.items()]
     if not found:
         raise NoDataError("; ".join(lacking))

@@ -14,7 +14,7 @@ from hestctl.compare.results import PRIMARY, Comparison
 MOST_STEPS: Final = 120
 """Points of a learning curve at most: longer ones are thinned, or a figure would be megabytes."""
 
-ERROR: Final = "error bound, %\nof a sample's J"
+ERROR: Final = "error bound of\na sample, %"
 INVALID: Final = "windows that\ndo not count, %"
 STEPS: Final = "window length,\ncounter steps"
 SECONDS: Final = "window length,\nseconds"

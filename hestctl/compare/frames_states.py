@@ -7,7 +7,7 @@ import json
 import duckdb
 import pandas as pd
 
-from hestctl.compare.frames import NoDataError, of_runs, ordered
+from hestctl.compare.frames import ADAPTIVE, NoDataError, of_runs, ordered
 from hestctl.compare.results import Comparison
 from hestctl.records import BLOCKS, NEW_PART, STATES
 
@@ -103,7 +103,7 @@ def confusion(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> 
 def _some(counts: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     """``counts``, or why there are none."""
     if counts.empty or float(counts["count"].sum()) == 0:
-        adaptive = any(row.method in ("hest", "tabs", "bhsp") for row in comparison.rows)
+        adaptive = any(row.method in ADAPTIVE for row in comparison.rows)
         raise NoDataError(
             "no utilisation was recorded" if adaptive else "none of these methods has directions"
         )

@@ -50,8 +50,8 @@ _KINDS: Final[Mapping[str, Mark]] = {
     "tabs": Mark("#D55E00", "s", "dashed"),
     "bhsp": Mark("#009E73", "^", "dotted"),
     "lora": Mark("#CC79A7", "D", "dashdot"),
-    "control": Mark("#B8860B", "X", "dashed"),
-    "base": Mark("#8A8A8A", "P", "dotted"),
+    "control": Mark("#B8860B", ">", "dashed"),
+    "base": Mark("#8A8A8A", "p", "dotted"),
 }
 
 TABS: Final = _KINDS["tabs"]
