@@ -82,8 +82,8 @@ def test_nothing_stays_open(stores: list[Store]) -> None:
 
 
 def test_a_missing_store_names_what_is_nearby(stores: list[Store], tmp_path: Path) -> None:
-    with pytest.raises(HestError) as caught:
-        connect([str(stores[0].db), str(tmp_path / "b" / "mor.duckdb")])
+    with pytest.raises(HestError) as caught, connect([str(stores[0].db), str(tmp_path / "b" / "mor.duckdb")]):
+        pass
     assert caught.value.exit_code == Exit.USAGE
     assert str(stores[1].db) in caught.value.message
     assert str(stores[2].db) in caught.value.message
@@ -94,15 +94,18 @@ def test_a_missing_store_with_nothing_nearby_says_how_to_begin(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(HestError, match="none nearby") as caught:
-        connect(["*.duckdb"])
+    with pytest.raises(HestError, match="none nearby") as caught, connect(["*.duckdb"]):
+        pass
     assert "hestctl train --db" in (caught.value.hint or "")
 
 
 def test_one_damaged_store_of_several_is_named(stores: list[Store]) -> None:
     stores[1].db.write_bytes(b"?")
-    with pytest.raises(HestError, match=r"b/runs\.duckdb") as caught:
-        connect([str(store.db) for store in stores])
+    with (
+        pytest.raises(HestError, match=r"b/runs\.duckdb") as caught,
+        connect([str(store.db) for store in stores]),
+    ):
+        pass
     assert caught.value.exit_code == Exit.STORE
 
 
