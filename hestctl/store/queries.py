@@ -93,10 +93,10 @@ def connect(paths_or_globs: Sequence[str], lock_timeout_s: float = 30.0) -> Iter
     """A connection with a view of each table over all the stores named, as they are at this moment.
 
     The views have one more column, ``store``: the file's name, with as much of its path as tells it
-    from the others. A run id that several stores have reads ``run_id@store``. Nothing of the files
-    stays open: others record while the block runs. Raises HestError: usage for a store that does not exist,
-    store for one that is locked for ``lock_timeout_s`` seconds, newer or damaged, even if only a question in
-    the block comes upon the damage.
+    from the others. An id that different runs have reads ``run_id@store``; a run that was copied from store
+    to store is there once. Nothing of the files stays open: others record while the block runs. Raises
+    HestError: usage for a store that does not exist, store for one that is locked for ``lock_timeout_s``
+    seconds, newer or damaged, even if only a question in the block comes upon the damage.
     """
     import duckdb
 
@@ -176,9 +176,21 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _create_views(con: DuckDBPyConnection, names: Sequence[str]) -> None:
-    runs = " UNION ALL ".join(f"SELECT run_id FROM {_database(number)}.runs" for number in range(len(names)))
-    con.execute(f"CREATE TABLE shared AS SELECT run_id FROM ({runs}) GROUP BY run_id HAVING count(*) > 1")
+    held = " UNION ALL ".join(
+        f"SELECT {number} AS number, run_id, created_at, status FROM {_database(number)}.runs"
+        for number in range(len(names))
+    )
+    con.execute(f"CREATE TABLE held AS {held}")
+    con.execute(
+        "CREATE TABLE shared AS SELECT run_id FROM held GROUP BY run_id HAVING count(DISTINCT created_at) > 1"
+    )
+    # Of a run's copies the finished one tells most: the others may be older than its end.
+    con.execute(
+        "CREATE TABLE copies AS SELECT number, run_id FROM held QUALIFY row_number() OVER "
+        "(PARTITION BY run_id, created_at ORDER BY (status = 'finished') DESC, number) > 1"
+    )
     any_shared = con.execute("SELECT count(*) > 0 FROM shared").fetchall()[0][0]
+    with_copies = {number for (number,) in con.execute("SELECT DISTINCT number FROM copies").fetchall()}
     for table in TABLES:
         parts = []
         for number, name in enumerate(names):
@@ -188,7 +200,10 @@ def _create_views(con: DuckDBPyConnection, names: Sequence[str]) -> None:
             if any_shared:
                 replaced = ("run_id", "parent_run_id") if table == "runs" else ("run_id",)
                 columns += f" REPLACE ({', '.join(_qualified(column, store) for column in replaced)})"
-            parts.append(f"SELECT {store} AS store, {columns} FROM {_database(number)}.{table} AS t")
+            part = f"SELECT {store} AS store, {columns} FROM {_database(number)}.{table} AS t"
+            if number in with_copies:
+                part += f" WHERE t.run_id NOT IN (SELECT run_id FROM copies WHERE number = {number})"
+            parts.append(part)
         con.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(parts)}")
 
 
