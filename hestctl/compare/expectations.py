@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import duckdb
 import numpy as np
 
-from hestctl.compare.loading import Entry, config_of, read_runs
+from hestctl.compare.loading import Entry, config_of
+from hestctl.compare.reading import read_runs
 from hestctl.compare.results import Expectation, Outcome, Pair, ProfileRun, Row
 from hestctl.compare.statistics import FloatArray, Measure
 from hestctl.records import Run
@@ -165,16 +166,15 @@ def budget_samples(
     """
     runs = [(member.run.run_id, member.store) for member in entry.members]
     runs += [(profile.run_id, profile.store) for profile in profiles(connection, [entry])]
-    rows: list[tuple[float, float, float]] = []
-    limit = "AND emax_j > 0" if with_limit else ""
-    for run_id, store in runs:
-        rows += connection.execute(
-            "SELECT prompt_tokens + new_tokens, scope_energy_j, coalesce(emax_j, 0) FROM samples "
-            f"WHERE run_id = ? AND store = ? AND scope_energy_j IS NOT NULL {limit}",
-            [run_id, store],
-        ).fetchall()
-    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
+    columns = connection.execute(
+        "SELECT (prompt_tokens + new_tokens)::DOUBLE AS tokens, scope_energy_j AS scope, "
+        "coalesce(emax_j, 0)::DOUBLE AS emax "
+        "FROM samples JOIN (SELECT unnest(?) AS run_id, unnest(?) AS store) USING (run_id, store) "
+        f"WHERE scope_energy_j IS NOT NULL {'AND emax_j > 0' if with_limit else ''}",
+        [[run_id for run_id, _ in runs], [store for _, store in runs]],
+    ).fetchnumpy()
+    tokens, scope, emax = (np.asarray(columns[name], np.float64) for name in ("tokens", "scope", "emax"))
+    return tokens, scope, emax
 
 
 def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> list[ProfileRun]:
