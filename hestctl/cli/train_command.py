@@ -290,7 +290,9 @@ def show(run: Run, db: object) -> None:
 
     s, kind = run.summary, run.energy_kind or "none"
     rows = [("ROUGE-Lsum / L / 1 / 2", " / ".join(number(s.get(k), 1) for k in _ROUGE))]
+    written = [("new tokens a sample", number(s.get("new_tokens_per_sample"), 1))]
     if s.get("accuracy") is not None:
+        written = []  # labels are scored
         chance = "" if s.get("chance") is None else f" (chance level {number(100 * s['chance'], 1)} %)"
         rows = [("accuracy", f"{number(100 * s['accuracy'], 1)} %{chance}")]
     rows.append(("answer likelihood", number(s.get("nll_per_token"), 3) + " nats a token"))
@@ -298,7 +300,7 @@ def show(run: Run, db: object) -> None:
         rows = [("quality", "not measured: random weights say nothing of it")]
     rows += [
         ("energy a sample", joules(s.get("energy_j_per_sample"), kind)),
-        ("new tokens a sample", number(s.get("new_tokens_per_sample"), 1)),
+        *written,
         ("latency p50 / p99", f"{seconds(s.get('latency_p50_s'))} / {seconds(s.get('latency_p99_s'))}"),
         ("training", joules(run.train_energy_j, kind)),
         (
