@@ -179,8 +179,9 @@ def _assemble(
     _check_apart(parts)
     if not columns.labelled:
         return make_splits(name, "summarise", parts)
-    ordered = {s: sorted(part, key=lambda e: _digest(e.sample_id))[: counts[s]] for s, part in parts.items()}
-    return make_splits(name, "classify", *name_labels(ordered, labels))
+    named, known = name_labels(parts, labels)  # of all rows: a class may be missing among the first few
+    ordered = {s: sorted(part, key=lambda e: _digest(e.sample_id))[: counts[s]] for s, part in named.items()}
+    return make_splits(name, "classify", ordered, known)
 
 
 def _deal(

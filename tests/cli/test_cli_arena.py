@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import Outcome, Study, lines_of, run_cli
+from cli_tools import TINY, Outcome, Study, lines_of, run_cli
 
 from hestctl.data.lra import listops
+from hestctl.errors import Exit
 from hestctl.model.backbone import tiny_backbone
 
 COMMON = (
@@ -159,3 +160,16 @@ def test_expressions_of_the_published_files_are_trained_on(tmp_path: Path, known
     assert len(samples) == 12
     assert all(sample["truncated_tokens"] == 0 for sample in samples)
     assert {sample["predicted_label"] for sample in samples} <= set("0123456789")
+
+
+def test_labels_that_begin_alike_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    """And all of them are known, though the first few rows have not each one."""
+    labels = ["wrong", "late", "lost"]
+    rows = [{"text": f"Parcel {n}", "label": labels[max(0, n - 57)]} for n in range(60)]
+    (tmp_path / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    outcome = run_cli(
+        tmp_path, "train", "--method", "tabs", "--data", "tickets.jsonl", *TINY, "--trial", "-q", "--json"
+    )
+    assert outcome.code == Exit.USAGE
+    assert "the labels 'late' and 'lost' begin with the same token" in outcome.message
+    assert not (tmp_path / "runs").exists()

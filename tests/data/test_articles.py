@@ -135,7 +135,7 @@ def test_labels_may_be_any_words_but_not_for_reviews(write_rows: WriteRows) -> N
     assert splits.labels == ("art", "sport", "war")
     assert splits.chance == pytest.approx(1 / 3)
     error = refused("lra-text", train_file=train, test_file=test)
-    assert "labels other than negative and positive: 'art' (train-" in error.message
+    assert "labels other than negative and positive: 'war' (train-1), 'art' (train-2)" in error.message
     assert error.hint == "write labels as negative, positive or 0, 1"
     scored = [{"text": "t", "label": 0.5}]
     assert "type float" in refused(write_rows(scored, "scored.jsonl")).message
