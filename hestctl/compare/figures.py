@@ -46,10 +46,11 @@ def draw(
     theme: Theme = "light",
     formats: Sequence[str] = ("png",),
     dpi: int = DPI,
+    only: Callable[[str], bool] | None = None,
 ) -> Drawn:
     """Write every figure that has data to ``out_dir`` as ``comparison_{topic}.png`` and return the files.
 
-    The returned list has ``reasons``: the topics that drew nothing, and why. Raises HestError (usage) for a
+    ``only`` chooses by that name, without suffix. The returned list has ``reasons``: the topics that drew nothing, and why. Raises HestError (usage) for a
     theme or a format that there is not.
     """
     canvas = Canvas(connection, comparison, theme)
@@ -58,4 +59,5 @@ def draw(
         for topic, paint in TOPICS.items()
         if topic != "confusion" or comparison.task == "classification"
     ]
+    topics = [(name, paint) for name, paint in topics if only is None or only(name)]
     return write(topics, out_dir, formats=formats, dpi=dpi)

@@ -115,6 +115,13 @@ def test_classification_has_a_panel_of_labels_for_every_configuration(tmp_path: 
     assert table.groupby("truth", observed=True)["share"].sum().tolist() == pytest.approx([100.0, 100.0])
 
 
+def test_single_topics_may_be_chosen(tmp_path: Path) -> None:
+    connection = study(8)
+    drawn = draw(connection, compare(connection), tmp_path, dpi=40, only=lambda name: name.endswith("_front"))
+    assert [path.name for path in drawn] == ["comparison_front.png"]
+    assert not drawn.reasons
+
+
 def test_unknown_formats_and_themes_are_named(tmp_path: Path) -> None:
     connection = study(8)
     found = compare(connection)
