@@ -44,12 +44,16 @@ def lines(
 def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) -> Expectation:
     text = f"ROUGE-L about {ORIGINAL_SCORE} (the original's code computes ROUGE-Lsum)"
     backbone = facts["backbone"]
+    mine = [row for row in rows if hest is not None and row.run_id in hest.run_ids]
     if ORIGINAL_MODEL.lower() not in backbone.lower() or "cnn_dailymail" not in facts["dataset"]:
         reason = (
             f"it speaks of {ORIGINAL_MODEL} on cnn_dailymail; these runs are {backbone} on {facts['dataset']}"
         )
+        for row in mine[:1]:
+            accuracy, chance = (row.measure(f"{name}_percent").value for name in ("accuracy", "chance"))
+            if accuracy is not None and chance is not None:
+                reason += f"; accuracy takes its place: {accuracy:.1f} %, chance level {chance:.1f} %"
         return Expectation(text, "not measured", reason)
-    mine = [row for row in rows if hest is not None and row.run_id in hest.run_ids]
     scores = [row.measure("rouge_lsum") for row in mine]
     known = [score for score in scores if score.value is not None]
     if not known:
@@ -64,13 +68,16 @@ def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) ->
 
 
 def _equal_quality(pair: Pair | None) -> Expectation:
-    text = "the same quality as TABS"
+    classified = pair is not None and pair.quality_metric == "accuracy_percent"
+    text = "the same accuracy as TABS" if classified else "the same quality as TABS"
     if pair is None:
         return Expectation(text, "not measured", _NO_PAIR)
     difference = pair.quality_difference
     if difference.value is None:
         return Expectation(text, "not measured", difference.reason or "no scores")
     reason = f"{pair.proposed}: {difference.value:+.2f} points, {pair.quality}, {pair.samples} samples"
+    if classified:
+        reason += f"; {pair.quality_reason}"
     return Expectation(text, _QUALITY.get(pair.quality, "not measured"), reason)
 
 

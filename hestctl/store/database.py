@@ -15,8 +15,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hestctl.durable import sync
 from hestctl.errors import Exit, HestError
-from hestctl.store.files import NO_SPACE, free_name, sync_folder, write_error
+from hestctl.store.files import NO_SPACE, free_name, write_error
 from hestctl.store.migrations import migrate, schema_version, version_of
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def create(db: Path, fill: Callable[[DuckDBPyConnection], _T]) -> _T:
         # The log of an earlier file would be replayed into the new one.
         log_of(db).unlink(missing_ok=True)
         aside.replace(db)
-        sync_folder(db.parent)
+        sync(db.parent)
     except OSError as error:
         raise write_error(db, 0, error) from error
     finally:
