@@ -77,18 +77,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def least_detectable_difference(difference: Estimate) -> float | None:
     """The true difference (in its unit) that a test against zero would find with 80 % power."""
-    error = difference.error
-    return None if error is None else _reach(difference) * error
+    return _reach(difference) if difference.sources else None
 
 
 def least_detectable_saving(ratio: Estimate, repeatability: float) -> float | None:
     """The true saving in percent of joules that would be called one with 80 % power, in a pair by itself."""
-    error = ratio.error
-    if error is None:
+    if not ratio.sources:
         return None
-    return 100 * (1 - math.exp(-_reach(ratio) * error) / (1 + repeatability))
+    return 100 * (1 - math.exp(-_reach(ratio)) / (1 + repeatability))
 
 
 def _reach(estimate: Estimate) -> float:
-    """Standard errors from a bound at which a test at ``ALPHA`` has the power asked for."""
-    return estimate.quantile(1 - ALPHA) + estimate.quantile(POWER)
+    """How far beyond a bound the truth must lie for a test at ``ALPHA`` to have the power asked for."""
+    return estimate.half_width(1 - ALPHA) + estimate.half_width(POWER)

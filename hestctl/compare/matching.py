@@ -41,7 +41,7 @@ class Paired:
         else:
             first_per, second_per = self.pooled(per)
             found = statistics.double_quotient((first, first_per), (second, second_per), self.batches)
-        if found.error is None:
+        if not found.sources:
             return found
         return self._over_seeds(found, *(_logarithms(side, name, per) for side in (self.first, self.second)))
 
