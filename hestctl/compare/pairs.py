@@ -55,7 +55,14 @@ def compare_pairs(
         for (place, _), p in zip(family, decisions.holm([p for _, p in family]), strict=True):
             claim = replace(found[place].claim, adjusted=p, family=len(family))
             found[place] = replace(found[place], claim=claim)
-    return [_pair(one, kind, margin, repeatability, forced) for one in found]
+    chosen: tuple[str, ...] = ()
+    if len(proposed) > 1:
+        chosen = (
+            f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
+            "verdicts know that (Holm), the interval of its gap does not",
+        )
+    made = [_pair(one, kind, margin, repeatability, forced) for one in found]
+    return [replace(one, notes=(*one.notes, *chosen)) for one in made]
 
 
 def quality(first: Entry, second: Entry, margin: float) -> Quality:

@@ -100,6 +100,7 @@ def test_every_pair_against_baselines_and_controls_is_one_family_and_ablations_a
             (int8, {"joules": 50}),
         )
     )
+    assert all(any("chosen by these very joules" in note for note in pair.notes) for pair in found.pairs)
     sizes = {(pair.other_role, pair.claim.family) for pair in found.pairs}
     assert sizes == {("baseline", 4), ("control", 4), ("ablation", 2)}
     for pair in found.pairs:
@@ -228,6 +229,20 @@ def test_estimated_joules_make_no_a_a_pair() -> None:
     changes = {"energy_kind": "estimated", "settings": SETTINGS}
     runs = [(a_run("hest", number, **changes), {"noise": number}) for number in (1, 2)]
     assert compare(store_of(*runs)).repeats == ()
+
+
+def test_estimated_joules_claim_nothing() -> None:
+    changes = {"energy_kind": "estimated", "meter": "estimate"}
+    pair = pair_of(
+        compare(
+            store_of(
+                (a_run("tabs", 1, **changes), {"joules": 60}), (a_run("hest", 2, **changes), {"joules": 40})
+            )
+        )
+    )
+    assert pair.claim.energy is None
+    assert pair.claim.adjusted is None
+    assert pair.least_detectable_saving_percent is None
 
 
 # Forced length
