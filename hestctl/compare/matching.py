@@ -45,10 +45,14 @@ class Paired:
             return found
         return self._over_seeds(found, *(_logarithms(side, name, per) for side in (self.first, self.second)))
 
-    def difference(self, name: str, factor: float) -> Estimate:
-        """Mean of the first less that of the second, times ``factor``; samples vary one by one."""
+    def difference(self, name: str, factor: float, *, of_shares: bool) -> Estimate:
+        """Mean of the first less that of the second, times ``factor``; samples vary one by one.
+
+        ``of_shares``: every value is 0 or 1, right or wrong.
+        """
         first, second = self.pooled(name)
-        found = statistics.average(factor * (first - second))
+        found = (statistics.share_difference if of_shares else statistics.average)(first - second)
+        found = found.scaled(factor)
         return self._over_seeds(
             found, *(factor * side[name].mean(axis=1) for side in (self.first, self.second))
         )

@@ -80,21 +80,27 @@ def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Qu
     if reasons or not len(paired):
         reason = reasons[0] if reasons else "no sample was scored in both"
         return Quality(metric, "inconclusive", absent(reason), None, None, reason)
-    estimate = paired.difference(column, factor)
+    estimate = paired.difference(column, factor, of_shares=classified)
     difference = estimate.measure()
     detectable = decisions.least_detectable_difference(estimate)
     verdict, p = decisions.quality_verdict(difference, margin), decisions.p_not_inferior(estimate, margin)
     reason = f"{'accuracy' if classified else 'ROUGE-Lsum'} {verdicts.points(difference)} points"
-    if classified and verdict == "not inferior":
-        # Near chance there is nothing to be equal to: two coins agree as well as two models.
+    if classified:
         chance = statistics.chance_level([str(label) for label in first.samples.labels])
-        right = paired.pooled(column)[0]
-        if (statistics.wilson(float(right.sum()), len(right)).low or 0.0) <= chance:
+        level = f"chance level {100 * chance:.1f} %"
+        # Near chance there is nothing to be equal to: two coins agree as well as two models.
+        if verdict == "not inferior" and _near_chance(paired.pooled(column)[0], chance):
             verdict, p = "inconclusive", 1.0
-            reason += f"; {first.label} cannot be told from chance ({100 * chance:.1f} %)"
+            reason += f"; {first.label} cannot be told from chance ({level})"
+        else:
+            reason += f" ({level})"
     if detectable is not None:
         reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
     return Quality(metric, verdict, difference, p, detectable, reason)
+
+
+def _near_chance(correct: FloatArray, chance: float) -> bool:
+    return (statistics.wilson(float(correct.sum()), len(correct)).low or 0.0) <= chance
 
 
 def _evidence(
@@ -146,7 +152,8 @@ def _pair(
     timed, written = matched.paired("latency_s"), matched.paired("new_tokens")
     latency, other_latency = timed.pooled("latency_s")
     joules = paired.pooled("energy_j")
-    equal_length = len(matched) > 0 and np.array_equal(*written.pooled("new_tokens"))
+    tokens, other_tokens = written.pooled("new_tokens")
+    equal_length = len(matched) > 0 and np.array_equal(tokens, other_tokens)
     unmetered = absent(f"the joules are {'estimated' if kind == 'estimated' else 'not measured'}")
     forced_length = (
         forced_ratio(forced.get(proposed.label), forced.get(other.label)) if kind == "measured" else unmetered
@@ -183,6 +190,7 @@ def _pair(
         equal_length=equal_length,
         at_equal_length=verdicts.at_equal_length(
             equal_length,
+            bool(tokens.any()),
             verdict,
             forced_length,
             per_token if kind == "measured" else unmetered,

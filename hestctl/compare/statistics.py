@@ -86,6 +86,11 @@ class Estimate:
             sum(variance * special.stdtrit(freedom, probability) ** 2 for variance, freedom in self.sources)
         )
 
+    def scaled(self, factor: float) -> Estimate:
+        """The same estimate in another unit (``factor`` > 0); not for a ratio, which has none."""
+        sources = tuple((factor**2 * variance, freedom) for variance, freedom in self.sources)
+        return replace(self, value=None if self.value is None else factor * self.value, sources=sources)
+
     def over_seeds(self, *sides: FloatArray) -> Estimate:
         """The same number as one of all possible trainings.
 
@@ -219,6 +224,19 @@ def double_quotient(
 ) -> Estimate:
     """The ratio of two quotients of totals, such as joules per new token of two runs."""
     return estimate([*first, *second], _double_quotient, clusters, is_ratio=True)
+
+
+def share_difference(differences: FloatArray) -> Estimate:
+    """The mean paired difference of shares (each difference -1 to 1), with the variance of Agresti and Min.
+
+    Two pairs more, half a sample in each cell of the table: where two runs answer all samples alike there
+    is no spread to be seen, and eight samples would be certainty (2005, Statistics in Medicine 24, on
+    matched proportions).
+    """
+    padded = average(np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)]))
+    if not len(differences):
+        return Estimate(None, reason="no samples")
+    return replace(padded, value=float(differences.mean()), n=len(differences))
 
 
 def percentile(values: FloatArray, q: float, clusters: IntArray | None = None, minimum: int = 1) -> Measure:

@@ -87,8 +87,7 @@ def summary_lines(comparison: Comparison) -> list[str]:
     lines = [
         f"{facts['backbone']} ({facts['weights']} weights, {facts['dtype']}) on {facts['dataset']}, "
         f"{facts['split']} split",
-        f"{facts['device']}; beams {facts['beams']}, batch {facts['batch size']}, at most "
-        f"{facts['new tokens at most']} new tokens, engine {facts['engine']}",
+        f"{facts['device']}; {_work(comparison)}, engine {facts['engine']}",
         f"joules per sample are {comparison.energy_word} ({facts['meter']}); "
         "joules of the budget are predicted from the energy table",
         _gap_line("gap to the best baseline", comparison.best_baseline, comparison.gap.percent),
@@ -102,6 +101,15 @@ def summary_lines(comparison: Comparison) -> list[str]:
     if deciding is not None:
         lines.append(f"{deciding.proposed} against {deciding.other} {deciding.at_equal_length}")
     return [*lines, comparison.conclusion]
+
+
+def _work(comparison: Comparison) -> str:
+    """What a sample was: its batch and its tokens."""
+    facts = comparison.facts
+    if comparison.task == "classification":
+        return f"labels scored (no tokens written), batch {facts['batch size']}"
+    most = f"at most {facts['new tokens at most']} new tokens"
+    return f"beams {facts['beams']}, batch {facts['batch size']}, {most}"
 
 
 def as_rows(comparison: Comparison) -> list[TextTable]:

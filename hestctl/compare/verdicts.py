@@ -93,9 +93,16 @@ def verdict(
 
 
 def at_equal_length(
-    equal_length: bool, found: Verdict, forced: Measure, per_token: Measure, repeatability: Repeatability
+    equal_length: bool,
+    written: bool,
+    found: Verdict,
+    forced: Measure,
+    per_token: Measure,
+    repeatability: Repeatability,
 ) -> str:
     """The verdict where both write equally many tokens: as it came, or forced to it in profile runs."""
+    if equal_length and not written:
+        return f"at equal length: {found} (labels are scored: no token was written)"
     if equal_length:
         return f"at equal length: {found} (both wrote the same number of tokens)"
     if forced.value is not None:
