@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair
 from hestctl.compare.statistics import Measure
 
@@ -116,6 +117,7 @@ def as_rows(comparison: Comparison) -> list[TextTable]:
     tables = [_quality_table(comparison), _energy_table(comparison), _budget_table(comparison)]
     if comparison.pairs:
         tables.append(_pair_table(comparison))
+        tables.append(_repeat_table(comparison))
     if comparison.expectations:
         tables.append(_expectation_table(comparison))
     if comparison.set_apart:
@@ -249,6 +251,24 @@ def _pair_table(comparison: Comparison) -> TextTable:
     )
     remarks = tuple(dict.fromkeys(note for pair in comparison.pairs for note in pair.notes))
     return TextTable("Pairs", headers, tuple(rows), (*notes.lines(), *reasons, *remarks))
+
+
+def _repeat_table(comparison: Comparison) -> TextTable:
+    """What the comparison calls a difference where there is none."""
+    notes = _Footnotes()
+    rows = tuple(
+        (
+            f"{repeat.label},\n{repeat.kind}",
+            with_interval(repeat.ratio),
+            ENERGY_WORDS[repeat.energy],
+            notes.cell(repeat.quality_difference, lambda one: f"{one.value or 0:+.2f}"),
+            repeat.quality,
+        )
+        for repeat in comparison.repeats
+    )
+    headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
+    remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
+    return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
 
 
 def _expectation_table(comparison: Comparison) -> TextTable:
