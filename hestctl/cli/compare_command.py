@@ -13,6 +13,8 @@ from hestctl.cli import options as o
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+    from hestctl.compare.text import TextTable
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -40,6 +42,9 @@ def compare(
         typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="A row for every run, not for every configuration; every pair.")
+    ] = False,
     json: o.JsonOption = False,
 ) -> None:
     """The gap-at-equal-ROUGE table, its verdicts and figures, from one or more stores.
@@ -48,7 +53,7 @@ def compare(
     apart with the reason. A gap in joules is given for measured energy alone.
     """
     from hestctl.cli import out
-    from hestctl.compare.table import as_json, as_rows, summary_lines, write_csv
+    from hestctl.compare.table import as_json, as_rows, compared_lines, gap_tables, verdict_lines, write_csv
     from hestctl.compare.table import compare as work
     from hestctl.store.queries import connect
 
@@ -76,15 +81,25 @@ def compare(
     if json:
         out.document({**as_json(found), "figures": [str(path) for path in drawn]})
         return
-    for line in summary_lines(found):
+    for line in verdict_lines(found):
         out.text(line)
-    for table in as_rows(found):
-        out.text()
+    out.text()
+    _show_tables(gap_tables(found, every=runs))
+    for line in compared_lines(found):
+        out.text(line)
+    out.text()
+    _show_tables(as_rows(found, runs=runs))
+    _show_figures(drawn, reasons, out_dir or Path("figures"))
+
+
+def _show_tables(tables: Sequence[TextTable]) -> None:
+    from hestctl.cli import out
+
+    for table in tables:
         out.table(table.title, table.headers, table.rows)
         for line in table.notes:
             out.text(line)
-    out.text()
-    _show_figures(drawn, reasons, out_dir or Path("figures"))
+        out.text()
 
 
 def _show_figures(drawn: Sequence[Path], reasons: Mapping[str, str], folder: Path) -> None:
