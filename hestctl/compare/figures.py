@@ -37,14 +37,16 @@ def draw(
     theme: Theme = "light",
     formats: Sequence[str] = ("png",),
     dpi: int = DPI,
+    only: Callable[[str], bool] | None = None,
 ) -> Drawn:
-    """Write every figure that has data to ``out_dir`` and return the files.
+    """Write every figure that has data to ``out_dir`` and return the files; ``only`` chooses topics.
 
     Files are ``comparison_{topic}.png`` over all runs and ``{run_id}_{topic}.png`` for one. The
     returned list has ``reasons``: the topics that drew nothing, and why.
     """
     painter = _Painter(connection, comparison, check_theme(theme))
-    return write(painter.topics(), out_dir, formats=formats, dpi=dpi)
+    topics = [(name, paint) for name, paint in painter.topics() if only is None or only(name)]
+    return write(topics, out_dir, formats=formats, dpi=dpi)
 
 
 class _Painter:
