@@ -38,7 +38,7 @@ def compared(comparison: Comparison) -> Section:
         ("configurations", str(len(every))),
         ("runs", str(len(comparison.rows))),
         ("seeds", ", ".join(map(str, seeds)) or "not recorded"),
-        ("margin of equal quality", f"{comparison.margin_points:g} points of {_score(comparison)}"),
+        ("margin of equal quality", f"{comparison.margin_points:g} of 100 points of {_score(comparison)}"),
     ]
     rows = tuple((name, value) for name, value in facts)
     return Section("What was compared", (Grid(("what", "all runs alike"), rows, left=2),))
@@ -50,7 +50,10 @@ def gaps(comparison: Comparison) -> Section:
     if not comparison.pairs:
         return Section("Gap at equal quality", (lines, Paragraph("There is no pair to compare.")))
     best = comparison.best_proposed.label if comparison.best_proposed else ""
-    pairs = sorted(comparison.pairs, key=lambda pair: (pair.proposed != best, RIVALS.index(pair.other_role)))
+    order = sorted(dict.fromkeys(pair.proposed for pair in comparison.pairs), key=lambda name: name != best)
+    pairs = sorted(
+        comparison.pairs, key=lambda pair: (order.index(pair.proposed), RIVALS.index(pair.other_role))
+    )
     reasons = Bullets(tuple(f"{pair.proposed} against {pair.other}: {pair.why}" for pair in pairs))
     notes = Bullets(tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
     return Section(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import groupby
 from typing import Any, Final
 
 from hestctl.compare.names import file_name
@@ -33,21 +34,43 @@ FLAGS: Final[Mapping[str, str]] = {
 _OF_CALIBRATION: Final = ("backbone.", "data.", "generation.", "energy.", "method.scope", "method.rank")
 """What `calibrate` goes by; the flags that it has are fewer than those of `train`."""
 _CALIBRATION_FLAGS: Final = ("backbone.name", "backbone.weights", "backbone.dtype", "data.source")
+_ALWAYS: Final = ("method.name", "budget.emax_ratio")
+"""Said even where the profile says the same: they are what a reader looks for."""
 _LEFT_OUT: Final = ("db", "budget.reference", "train.seed", "search.", "profile.")
 """The store and the seed are said apart, a reference is another run's id and made anew as well, and what a
 search found is among the other settings."""
 
 
 def train_commands(runs: Sequence[Run], db: str) -> list[str]:
-    """One command a run, or a loop over the seeds of runs that differ in nothing else; oldest first.
+    """The trainings in the order in which they were begun, those that repeat by seed as a loop.
 
-    A run whose settings this version does not read has a comment in its place. ``db`` is a file's name.
+    The order matters: a budget as a ratio refers to the latest tabs run. A run whose settings this version
+    does not read has a comment in its place. ``db`` is a file's name.
     """
-    groups: dict[str, list[Run]] = defaultdict(list)
+    steps = []
     for run in sorted(runs, key=lambda one: (one.created_at, one.run_id)):
         line = command(run, "train", db)
-        groups[line or f"# {run.run_id}: its settings are not those of this version"].append(run)
-    return [_over_seeds(line, members) for line, members in groups.items()]
+        unread = f"# {' '.join(run.run_id.split())}: its settings are not those of this version"
+        steps.append((line or unread, run.seed))
+    rounds = [
+        (seed, [line for line, _ in of_seed]) for seed, of_seed in groupby(steps, key=lambda step: step[1])
+    ]
+    seeds = [seed for seed, _ in rounds]
+    if len(set(seeds)) == len(seeds) > 1 and all(lines == rounds[0][1] for _, lines in rounds):
+        return _looped(rounds[0][1], seeds)
+    found: list[str] = []
+    for line, alike in groupby(steps, key=lambda step: step[0]):
+        found += _looped([line], [seed for _, seed in alike])
+    return found
+
+
+def _looped(lines: Sequence[str], seeds: Sequence[int | None]) -> list[str]:
+    known = [str(seed) for seed in seeds if seed is not None]
+    if len(known) < 2:
+        seed = f" --seed {known[0]}" if known else ""
+        return [line if line.startswith("#") else f"{line}{seed}" for line in lines]
+    body = [f"  {line}" if line.startswith("#") else f'  {line} --seed "$seed"' for line in lines]
+    return [f"for seed in {' '.join(known)}; do", *body, "done"]
 
 
 def command(run: Run, name: str, db: str) -> str | None:
@@ -74,15 +97,15 @@ def command(run: Run, name: str, db: str) -> str | None:
 
 def _changes(profile: str, wanted: Mapping[str, Any], name: str) -> dict[str, Any] | None:
     """What to say beyond the profile; None where that takes back a value, which no flag can."""
-    given = dict(flatten(of_profile(profile).model_dump(mode="json")))
+    given = _profile(profile)
     changed = {
         key: value
         for key, value in wanted.items()
         if not key.startswith(_LEFT_OUT)
         and (name == "train" or key.startswith(_OF_CALIBRATION))
-        and (value != given[key] or key == "method.name")
+        and (value != given[key] or key in _ALWAYS)
     }
-    if name == "train" and changed.get("budget.emax_j") is not None:
+    if wanted["budget.emax_j"] is not None:
         # A budget in joules excludes one as a ratio by itself.
         changed.pop("budget.emax_ratio", None)
     if name == "train" and changed.get("method.name") != "hest":
@@ -91,15 +114,9 @@ def _changes(profile: str, wanted: Mapping[str, Any], name: str) -> dict[str, An
     return None if any(value is None for value in changed.values()) else changed
 
 
-def _over_seeds(line: str, runs: Sequence[Run]) -> str:
-    if line.startswith("#"):
-        return line
-    seeds = [str(run.seed) for run in runs if run.seed is not None]
-    if len(seeds) == 1:
-        return f"{line} --seed {seeds[0]}"
-    if not seeds:
-        return line
-    return f'for seed in {" ".join(seeds)}; do {line} --seed "$seed"; done'
+@cache
+def _profile(name: str) -> Mapping[str, Any]:
+    return dict(flatten(of_profile(name).model_dump(mode="json")))
 
 
 def _toml(value: object) -> str:

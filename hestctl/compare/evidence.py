@@ -129,7 +129,8 @@ def repeat(comparison: Comparison, provenance: Provenance, asked: Sequence[str])
     told = (
         "From the settings that the runs recorded, beyond the nearest shipped profile, in the order in "
         "which the runs were begun: budgets refer to the tabs run before them. Paths are shortened to "
-        "their last part; store, device and installed versions are those of the machine that repeats it."
+        "their last part; store, device and versions are those of the machine that repeats it, on which "
+        "no HESTCTL_ variable may be set."
     )
     return Section("How to repeat it", (Paragraph(told), Code(tuple(lines))))
 
@@ -177,7 +178,8 @@ def _absence(measure: Measure, title: str, where: str) -> Iterator[tuple[str, st
 def _listed(names: Iterable[str]) -> str:
     every = list(names)
     more = len(every) - _LISTED
-    return ", ".join(every[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+    # Labels and titles have commas of their own.
+    return "; ".join(every[:_LISTED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _of_energy(comparison: Comparison) -> Iterator[str]:
@@ -266,17 +268,18 @@ def _run_line(row: Row, provenance: Provenance) -> tuple[str, ...]:
         str(row.seed),
         row.created_at,
         "not recorded" if row.steps is None else f"{row.steps:,}",
-        run.emax_origin or "-",
-        run.calibration_id or "-",
+        run.emax_origin or "none",
+        run.calibration_id or "none",
     )
 
 
 def _whose(run_ids: Sequence[str], labels: Mapping[str, str]) -> str:
-    """The configurations of these runs, or that it is all of them."""
+    """The configurations of these runs, or that it is all of them, or most."""
     if len(run_ids) == len(labels):
         return "all"
-    names = dict.fromkeys(labels[run_id] for run_id in run_ids)
-    return ", ".join(names)
+    if 2 * len(run_ids) > len(labels):
+        return f"the other {len(run_ids)}"
+    return "; ".join(dict.fromkeys(labels[run_id] for run_id in run_ids))
 
 
 def _plain(value: str) -> str:

@@ -26,7 +26,7 @@ from hestctl.errors import Exit, HestError
 from hestctl.store.files import write_whole
 
 _INLINE: Final = re.compile(r"([\\`*_\[\]|~$])")
-_LEADING: Final = re.compile(r"^([-+#>=]|\d+(?=[.)]))")
+_LEADING: Final = re.compile(r"^(\d*)([-+#>=]|(?<=\d)[.)](?=\s|$))")
 _MADE_BY: Final = "Made by hestctl"
 
 
@@ -137,8 +137,12 @@ def as_html(document: Document) -> str:
 def as_markdown(document: Document, folder: str) -> str:
     """The same as Markdown, of GitHub's kind; figures are files in ``folder``."""
     environment = _environment(finalize=_escaped)
-    environment.filters |= {"fenced": _fenced, "html": lambda text: Markup(escape(text))}
-    text = environment.get_template("report.md.jinja").render(document=document, folder=Markup(quote(folder)))
+    environment.filters |= {
+        "fenced": _fenced,
+        "html": lambda text: Markup(escape(text)),
+        "link": lambda text: Markup(quote(text)),
+    }
+    text = environment.get_template("report.md.jinja").render(document=document, folder=folder)
     return re.sub(r"\n{3,}", "\n\n", text)
 
 
@@ -162,7 +166,7 @@ def _escaped(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     plain = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return Markup(_LEADING.sub(r"\\\1", _INLINE.sub(r"\\\1", plain)))
+    return Markup(_LEADING.sub(r"\1\\\2", _INLINE.sub(r"\\\1", plain)))
 
 
 def _fenced(lines: Sequence[str]) -> Markup:

@@ -15,8 +15,8 @@ from hestctl.compare.results import Comparison
 from hestctl.records import Run
 from hestctl.settings import flatten
 
-_OWN: Final = ("db", "search.", "profile.")
-"""Settings that bear on nothing that is compared."""
+_OWN: Final = ("db", "search.", "profile.", "train.seed")
+"""Settings that bear on nothing that is compared, and the seed, which every run is shown with."""
 
 
 @dataclass(frozen=True, slots=True)
