@@ -107,7 +107,11 @@ class BackboneSettings(_Section):
 
 
 class DataSettings(_Section):
-    """Where the samples come from; ``None`` for a count takes the whole split."""
+    """Where the samples come from; ``None`` for a count takes the whole split.
+
+    ``units``: what a text is cut into, the tokenizer's tokens or one token a byte of UTF-8; auto takes bytes
+    for lra-text, which is a task over bytes. ``instruction`` takes the place of the one before every text.
+    """
 
     source: str = "embedded"
     train_file: Path | None = None
@@ -119,6 +123,8 @@ class DataSettings(_Section):
     train_samples: int | None = Field(default=None, ge=1)
     validation_samples: int | None = Field(default=None, ge=1)
     test_samples: int | None = Field(default=None, ge=1)
+    units: Literal["auto", "tokens", "bytes"] = "auto"
+    instruction: str | None = Field(default=None, min_length=1)
     max_tokens: int = Field(default=4096, ge=16)
     max_answer_tokens: int = Field(default=256, ge=4)
 

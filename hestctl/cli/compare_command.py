@@ -34,7 +34,7 @@ def compare(
         ),
     ] = None,
     margin: Annotated[
-        float, typer.Option(help="Points of ROUGE-Lsum that still count as equal quality.")
+        float, typer.Option(help="Points of ROUGE-Lsum, or of accuracy, that still count as equal.")
     ] = 1.0,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods; repeatable.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Only runs on this data set.")] = None,
@@ -55,7 +55,7 @@ def compare(
     ] = False,
     json: o.JsonOption = False,
 ) -> None:
-    """The gap-at-equal-ROUGE table, its verdicts and figures, from one or more stores.
+    """The gap at equal ROUGE (or accuracy), its verdicts and figures, from one or more stores.
 
     Only runs on the same device, backbone, data and generation settings are compared; others are set
     apart with the reason. A gap in joules is given for measured energy alone. --report writes the whole

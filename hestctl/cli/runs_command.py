@@ -44,18 +44,22 @@ def list_(
     if not runs:
         out.note(f"no such run in {store.db}; hestctl train --db {store.db} records one")
         return
-    headers = ("run", "status", "R-Lsum", "energy a sample")
+    headers = ("run", "status", "quality", "energy a sample")
     out.table(f"runs in {store.db}", headers, [_row(run) for run in runs], left=2)
 
 
 def _row(run: Run) -> tuple[str, str, str, str]:
     from hestctl.cli.figures_text import joules
 
-    rouge, energy_j = run.summary.get("rouge_lsum"), run.summary.get("energy_j_per_sample")
+    rouge, accuracy = run.summary.get("rouge_lsum"), run.summary.get("accuracy")
+    quality = "-" if rouge is None else f"{rouge:.1f} R-Lsum"
+    if accuracy is not None:
+        quality = f"{100 * accuracy:.1f} % accuracy"
+    energy_j = run.summary.get("energy_j_per_sample")
     return (
         run.run_id,
         run.status,
-        "-" if rouge is None or run.weights == "random" else f"{rouge:.1f}",
+        "-" if run.weights == "random" else quality,
         "-" if energy_j is None else joules(energy_j, run.energy_kind or "none"),
     )
 

@@ -97,7 +97,7 @@ def train(
     In several processes: accelerate launch --multi_gpu --num_processes N -m hestctl train ...
 
     --trials searches: hest for the fewest joules at the tabs run's ROUGE or better, other methods for the
-    highest ROUGE. Methods compare fairly where each had equally many trials.
+    highest ROUGE; accuracy where data have labels. Methods compare fairly with equally many trials each.
     """
     from hestctl.cli import out
     from hestctl.cli.settings_view import show_settings
@@ -243,6 +243,7 @@ def as_json(run: Run) -> dict[str, Any]:
     s = dict(run.summary)
     if run.weights == "random":
         s |= dict.fromkeys((*_ROUGE, "accuracy", "nll_per_token"))
+    accuracy, chance = s.get("accuracy"), s.get("chance")
     return {
         "run_id": run.run_id,
         "status": run.status,
@@ -256,7 +257,8 @@ def as_json(run: Run) -> dict[str, Any]:
         "rouge_l": s.get("rouge_l"),
         "rouge1": s.get("rouge1"),
         "rouge2": s.get("rouge2"),
-        "accuracy": s.get("accuracy"),
+        "accuracy_percent": None if accuracy is None else 100 * accuracy,
+        "chance_percent": None if chance is None else 100 * chance,
         "nll_per_token_nats": s.get("nll_per_token"),
         "energy_kind": run.energy_kind,
         "energy_j_per_sample": s.get("energy_j_per_sample"),
@@ -288,14 +290,17 @@ def show(run: Run, db: object) -> None:
 
     s, kind = run.summary, run.energy_kind or "none"
     rows = [("ROUGE-Lsum / L / 1 / 2", " / ".join(number(s.get(k), 1) for k in _ROUGE))]
+    written = [("new tokens a sample", number(s.get("new_tokens_per_sample"), 1))]
     if s.get("accuracy") is not None:
-        rows = [("accuracy", number(100 * s["accuracy"], 1) + " %")]
+        written = []  # labels are scored
+        chance = "" if s.get("chance") is None else f" (chance level {number(100 * s['chance'], 1)} %)"
+        rows = [("accuracy", f"{number(100 * s['accuracy'], 1)} %{chance}")]
     rows.append(("answer likelihood", number(s.get("nll_per_token"), 3) + " nats a token"))
     if run.weights == "random":
         rows = [("quality", "not measured: random weights say nothing of it")]
     rows += [
         ("energy a sample", joules(s.get("energy_j_per_sample"), kind)),
-        ("new tokens a sample", number(s.get("new_tokens_per_sample"), 1)),
+        *written,
         ("latency p50 / p99", f"{seconds(s.get('latency_p50_s'))} / {seconds(s.get('latency_p99_s'))}"),
         ("training", joules(run.train_energy_j, kind)),
         (

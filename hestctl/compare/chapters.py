@@ -29,8 +29,13 @@ def compared(comparison: Comparison) -> Section:
     every = configurations(comparison.rows)
     samples = sorted({row.samples for row in comparison.rows})
     seeds = sorted({row.seed for row in comparison.rows if row.seed is not None})
+    told = dict(comparison.facts)
+    if comparison.task == "classification":
+        # Labels are scored: how tokens would have been written says nothing of these runs.
+        told = {name: value for name, value in told.items() if name not in ("beams", "new tokens at most")}
+        told["answers"] = "labels scored, no tokens written"
     facts = [
-        *comparison.facts.items(),
+        *told.items(),
         (
             "samples a run (n)",
             " to ".join(f"{count:,}" for count in dict.fromkeys((samples[0], samples[-1]))),

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import duckdb
 import numpy as np
 
-from hestctl.compare.loading import Entry, config_of, read_runs
+from hestctl.compare.loading import Entry, config_of
+from hestctl.compare.reading import read_runs
 from hestctl.compare.results import Expectation, Outcome, Pair, ProfileRun, Row
 from hestctl.compare.statistics import FloatArray, Measure
 from hestctl.records import Run
@@ -43,12 +44,16 @@ def lines(
 def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) -> Expectation:
     text = f"ROUGE-L about {ORIGINAL_SCORE} (the original's code computes ROUGE-Lsum)"
     backbone = facts["backbone"]
+    mine = [row for row in rows if hest is not None and row.run_id in hest.run_ids]
     if ORIGINAL_MODEL.lower() not in backbone.lower() or "cnn_dailymail" not in facts["dataset"]:
         reason = (
             f"it speaks of {ORIGINAL_MODEL} on cnn_dailymail; these runs are {backbone} on {facts['dataset']}"
         )
+        for row in mine[:1]:
+            accuracy, chance = (row.measure(f"{name}_percent").value for name in ("accuracy", "chance"))
+            if accuracy is not None and chance is not None:
+                reason += f"; accuracy takes its place: {accuracy:.1f} %, chance level {chance:.1f} %"
         return Expectation(text, "not measured", reason)
-    mine = [row for row in rows if hest is not None and row.run_id in hest.run_ids]
     scores = [row.measure("rouge_lsum") for row in mine]
     known = [score for score in scores if score.value is not None]
     if not known:
@@ -63,13 +68,16 @@ def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) ->
 
 
 def _equal_quality(pair: Pair | None) -> Expectation:
-    text = "the same quality as TABS"
+    classified = pair is not None and pair.quality_metric == "accuracy_percent"
+    text = "the same accuracy as TABS" if classified else "the same quality as TABS"
     if pair is None:
         return Expectation(text, "not measured", _NO_PAIR)
     difference = pair.quality_difference
     if difference.value is None:
         return Expectation(text, "not measured", difference.reason or "no scores")
     reason = f"{pair.proposed}: {difference.value:+.2f} points, {pair.quality}, {pair.samples} samples"
+    if classified:
+        reason += f"; {pair.quality_reason}"
     return Expectation(text, _QUALITY.get(pair.quality, "not measured"), reason)
 
 
@@ -165,16 +173,15 @@ def budget_samples(
     """
     runs = [(member.run.run_id, member.store) for member in entry.members]
     runs += [(profile.run_id, profile.store) for profile in profiles(connection, [entry])]
-    rows: list[tuple[float, float, float]] = []
-    limit = "AND emax_j > 0" if with_limit else ""
-    for run_id, store in runs:
-        rows += connection.execute(
-            "SELECT prompt_tokens + new_tokens, scope_energy_j, coalesce(emax_j, 0) FROM samples "
-            f"WHERE run_id = ? AND store = ? AND scope_energy_j IS NOT NULL {limit}",
-            [run_id, store],
-        ).fetchall()
-    table = np.array(rows, dtype=np.float64).reshape(-1, 3)
-    return table[:, 0], table[:, 1], table[:, 2]
+    columns = connection.execute(
+        "SELECT (prompt_tokens + new_tokens)::DOUBLE AS tokens, scope_energy_j AS scope, "
+        "coalesce(emax_j, 0)::DOUBLE AS emax "
+        "FROM samples JOIN (SELECT unnest(?) AS run_id, unnest(?) AS store) USING (run_id, store) "
+        f"WHERE scope_energy_j IS NOT NULL {'AND emax_j > 0' if with_limit else ''}",
+        [[run_id for run_id, _ in runs], [store for _, store in runs]],
+    ).fetchnumpy()
+    tokens, scope, emax = (np.asarray(columns[name], np.float64) for name in ("tokens", "scope", "emax"))
+    return tokens, scope, emax
 
 
 def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> list[ProfileRun]:

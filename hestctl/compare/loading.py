@@ -1,14 +1,12 @@
-"""From the store's views to runs with their samples: which run counts, and what each is called."""
+"""Runs with their samples: which run counts, what each is called, and which belong together."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
-import duckdb
 import numpy as np
 
 from hestctl.compare.results import Role, SetApart
@@ -18,13 +16,6 @@ from hestctl.records import Run
 BASELINES: Final = ("tabs", "bhsp", "lora")
 _BUDGETED: Final = ("hest", "tabs", "bhsp")
 _ROLES: Final[Sequence[Role]] = ("proposed", "ablation", "baseline", "control", "base")
-_JSON_FIELDS: Final = ("settings", "versions", "summary")
-
-_METERED: Final = ("energy_j", "energy_net_j", "energy_error_j", "prefill_j", "decode_j")
-_PLAIN: Final = (
-    "prompt_tokens", "new_tokens", "batch_size", "latency_s", "scope_energy_j", "emax_j",
-    "rouge1", "rouge2", "rouge_l", "rouge_lsum", "nll", "answer_tokens",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,74 +84,6 @@ class Entry:
     def row_label(self, member: Loaded) -> str:
         """The label of one run; it names the seed where there are several."""
         return self.label if len(self.members) == 1 else f"{self.label} seed {member.run.seed}"
-
-
-def read_runs(connection: duckdb.DuckDBPyConnection, commands: Sequence[str]) -> list[tuple[Run, str]]:
-    """Runs of ``commands`` with their stores, oldest first; a run that two stores hold comes once."""
-    cursor = connection.execute(
-        "SELECT * REPLACE (CAST(created_at AS VARCHAR) AS created_at, "
-        "CAST(finished_at AS VARCHAR) AS finished_at) FROM runs WHERE list_contains(?, command) "
-        "ORDER BY created_at, run_id, store",
-        [list(commands)],
-    )
-    names = [column[0] for column in cursor.description or ()]
-    known = {field.name for field in fields(Run)}
-    runs: dict[str, tuple[Run, str]] = {}
-    for values in cursor.fetchall():
-        row: dict[str, Any] = dict(zip(names, values, strict=True))
-        store = str(row["store"])
-        for name in _JSON_FIELDS:
-            row[name] = _mapping(row.get(name))
-        run = Run(**{name: value for name, value in row.items() if name in known})
-        runs.setdefault(run.run_id, (run, store))
-    return list(runs.values())
-
-
-def load(connection: duckdb.DuckDBPyConnection, run: Run, store: str) -> Loaded | None:
-    """A run with the samples of its test split; ``None`` where it generated none.
-
-    Replicates of a sample are averaged; joules that are not valid, or of another kind than the
-    run's, stay out.
-    """
-    splits = connection.execute(
-        "SELECT split, count(*) FROM samples WHERE run_id = ? AND store = ? GROUP BY split "
-        "ORDER BY (split = 'test') DESC, count(*) DESC, split",
-        [run.run_id, store],
-    ).fetchall()
-    if not splits:
-        return None
-    split = str(splits[0][0])
-    valid = "FILTER (WHERE energy_valid AND energy_kind = $kind)"
-    metered = ", ".join(f"avg({name}) {valid} AS {name}" for name in _METERED)
-    plain = ", ".join(f"avg({name}) AS {name}" for name in _PLAIN)
-    arrays = connection.execute(
-        f"SELECT sample_id, min(batch_index) AS batch, any_value(label) AS label, "
-        f"any_value(predicted_label) AS predicted, {metered}, {plain} FROM samples "
-        "WHERE run_id = $run AND store = $store AND split = $split "
-        "GROUP BY sample_id ORDER BY min(position), sample_id",
-        {"run": run.run_id, "store": store, "split": split, "kind": run.energy_kind or "none"},
-    ).fetchnumpy()
-    reason, method = connection.execute(
-        "SELECT mode(energy_reason) FILTER (WHERE NOT energy_valid OR energy_j IS NULL), "
-        "mode(energy_method) FROM samples WHERE run_id = ? AND store = ? AND split = ?",
-        [run.run_id, store, split],
-    ).fetchall()[0]
-    invalid = connection.execute(
-        "SELECT coalesce(reason, 'no reason recorded'), count(*) FROM windows "
-        "WHERE run_id = ? AND store = ? AND NOT valid GROUP BY 1 ORDER BY 2 DESC, 1",
-        [run.run_id, store],
-    ).fetchall()
-    labels, predictions = _texts(arrays["label"]), _texts(arrays["predicted"])
-    columns = {name: _numbers(arrays[name]) for name in (*_METERED, *_PLAIN)}
-    columns["correct"] = np.array(
-        [
-            np.nan if label is None else float(label == predicted)
-            for label, predicted in zip(labels, predictions, strict=True)
-        ]
-    )
-    ids = tuple(str(name) for name in arrays["sample_id"])
-    samples = Samples(ids, _numbers(arrays["batch"]).astype(np.int64), columns, labels, predictions)
-    return Loaded(run, store, split, samples, reason, method, tuple((str(why), int(n)) for why, n in invalid))
 
 
 def facts(loaded: Loaded) -> dict[str, str]:
@@ -317,21 +240,3 @@ def _control(run: Run) -> str:
         if greedy == ("hest", "network", "greedy"):
             parts.append("greedy")
     return ", ".join(parts)
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    loaded = json.loads(value) if isinstance(value, str) else value
-    return dict(loaded) if isinstance(loaded, Mapping) else {}
-
-
-def _numbers(values: Any) -> FloatArray:
-    masked = np.ma.asarray(values)
-    return np.asarray(np.ma.filled(masked.astype(np.float64), np.nan), dtype=np.float64)
-
-
-def _texts(values: Any) -> tuple[str | None, ...]:
-    hidden = np.ma.getmaskarray(values)
-    data = np.ma.getdata(values)
-    return tuple(
-        None if out or value is None else str(value) for value, out in zip(data, hidden, strict=True)
-    )

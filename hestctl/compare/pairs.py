@@ -68,20 +68,31 @@ def quality(first: Entry, second: Entry, margin: float) -> Quality:
     if not len(left):
         reason = "no sample was scored in both"
         return Quality(metric, "inconclusive", absent(reason), None, reason)
-    difference = statistics.mean_difference(left * factor, right * factor)
-    detectable = statistics.least_detectable_difference((left - right) * factor)
+    difference = statistics.mean_difference(left, right)
+    spread = left - right
+    if classified:
+        difference, spread = statistics.share_difference(spread), statistics.as_if_two_more(spread)
+    difference = difference.scaled(factor)
+    detectable = statistics.least_detectable_difference(spread * factor)
     verdict = statistics.quality_verdict(difference, margin)
     name = "accuracy" if classified else "ROUGE-Lsum"
     reason = f"{name} {_difference(difference)} points"
-    if classified and verdict == "not inferior":
-        # Near chance there is nothing to be equal to: two coins agree as well as two models.
+    if classified:
         chance = statistics.chance_level([str(label) for label in first.samples.labels])
-        if (statistics.wilson(float(left.sum()), len(left)).low or 0.0) <= chance:
+        level = f"chance level {100 * chance:.1f} %"
+        # Near chance there is nothing to be equal to: two coins agree as well as two models.
+        if verdict == "not inferior" and _near_chance(left, chance):
             verdict = "inconclusive"
-            reason += f"; {first.label} cannot be told from chance ({100 * chance:.1f} %)"
+            reason += f"; {first.label} cannot be told from chance ({level})"
+        else:
+            reason += f" ({level})"
     if verdict == "inconclusive" and detectable is not None:
         reason += f"; the least difference that {len(left)} samples can show is {detectable:.2g} points"
     return Quality(metric, verdict, difference, detectable, reason)
+
+
+def _near_chance(correct: FloatArray, chance: float) -> bool:
+    return (statistics.wilson(float(correct.sum()), len(correct)).low or 0.0) <= chance
 
 
 def pair(proposed: Entry, other: Entry, kind: EnergyKind, margin: float) -> Pair:
@@ -129,7 +140,7 @@ def pair(proposed: Entry, other: Entry, kind: EnergyKind, margin: float) -> Pair
         scope_ratio=_scope_ratio(proposed, other, matched),
         break_even_samples=_break_even(proposed, other, ratio, joules, other_joules, kind),
         equal_length=equal_length,
-        at_equal_length=_at_equal_length(equal_length, verdict, per_token, kind),
+        at_equal_length=_at_equal_length(equal_length, bool(every_token.any()), verdict, per_token, kind),
         verdict=verdict,
         why=why,
         notes=_notes(proposed, other),
@@ -173,7 +184,11 @@ def _verdict(ratio: Measure, score: Quality, kind: EnergyKind, margin: float) ->
     return "inconclusive", f"{joules}, but quality is undecided: {score.reason}"
 
 
-def _at_equal_length(equal_length: bool, verdict: Verdict, per_token: Measure, kind: EnergyKind) -> str:
+def _at_equal_length(
+    equal_length: bool, written: bool, verdict: Verdict, per_token: Measure, kind: EnergyKind
+) -> str:
+    if equal_length and not written:
+        return f"at equal length: {verdict} (labels are scored: no token was written)"
     if equal_length:
         return f"at equal length: {verdict} (both wrote the same number of tokens)"
     if kind != "measured" or per_token.value is None:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import duckdb
 
-from hestctl.compare.loading import read_runs
+from hestctl.compare.reading import read_runs
 from hestctl.compare.results import Comparison
 from hestctl.records import Run
 from hestctl.settings import flatten

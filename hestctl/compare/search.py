@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import duckdb
 
-from hestctl.compare.loading import read_runs
+from hestctl.compare.reading import read_runs
 from hestctl.compare.text import TextTable, number
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run

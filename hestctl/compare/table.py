@@ -16,10 +16,9 @@ from hestctl.compare.loading import (
     config_of,
     entries,
     facts,
-    load,
     plain_label,
-    read_runs,
 )
+from hestctl.compare.reading import load, read_runs
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
 from hestctl.compare.statistics import Measure, absent
@@ -115,25 +114,26 @@ def _candidates(
             f"the store holds: {', '.join(held)}; `hestctl compare` without filters shows them",
             Exit.USAGE,
         )
-    loaded: list[Loaded] = []
+    complete = [
+        (run, store) for run, store in wanted if config_of(run) is not None and run.status == "finished"
+    ]
+    generated = load(connection, complete)
     apart: list[SetApart] = []
-    for run, store in wanted:
+    for run, _ in wanted:
         if config_of(run) is None:
             apart.append(_apart(run, "not comparable", f"unknown method '{run.method}'"))
         elif run.status != "finished":
             reason = f"{run.status}: {run.error}" if run.error else run.status
             apart.append(_apart(run, "unfinished", reason))
-        elif (one := load(connection, run, store)) is None:
+        elif run.run_id not in generated:
             apart.append(_apart(run, "without samples", "it generated no test samples"))
-        else:
-            loaded.append(one)
-    if not loaded:
+    if not generated:
         states = "; ".join(f"{one.run_id} {one.reason}" for one in apart[-3:])
         raise HestError(
             f"no train run is finished with test samples ({states})",
             f"train one to its end: hestctl train --method {wanted[-1][0].method or 'hest'}",
         )
-    return loaded, apart
+    return list(generated.values()), apart
 
 
 def _apart(

@@ -113,11 +113,19 @@ def compared_lines(comparison: Comparison) -> list[str]:
     return [
         f"{facts['backbone']} ({facts['weights']} weights, {facts['dtype']}) on {facts['dataset']}, "
         f"{facts['split']} split",
-        f"{facts['device']}; beams {facts['beams']}, batch {facts['batch size']}, at most "
-        f"{facts['new tokens at most']} new tokens, engine {facts['engine']}",
+        f"{facts['device']}; {_work(comparison)}, engine {facts['engine']}",
         f"joules per sample are {comparison.energy_word} ({facts['meter']}); "
         "joules of the budget are predicted from the energy table",
     ]
+
+
+def _work(comparison: Comparison) -> str:
+    """What a sample was: its batch and its tokens."""
+    facts = comparison.facts
+    if comparison.task == "classification":
+        return f"labels scored (no tokens written), batch {facts['batch size']}"
+    most = f"at most {facts['new tokens at most']} new tokens"
+    return f"beams {facts['beams']}, batch {facts['batch size']}, {most}"
 
 
 def gap_tables(comparison: Comparison, *, every: bool = False) -> list[TextTable]:

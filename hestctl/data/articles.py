@@ -11,7 +11,7 @@ from pathlib import Path
 from hestctl.data.examples import SPLITS, Example, Splits, Task, make_splits
 from hestctl.data.files import KINDS, columns_present, kind_of, open_table
 from hestctl.data.hub import hub_tables
-from hestctl.data.lra import REVIEW_LABELS, listops_splits, name_labels
+from hestctl.data.lra import DIGIT_LABELS, REVIEW_LABELS, listops_splits, name_labels, published
 from hestctl.data.tables import Columns, Table, few, nearest, read_examples
 from hestctl.errors import Exit, HestError
 from hestctl.settings import DataSettings
@@ -31,8 +31,9 @@ def load_splits(settings: DataSettings, *, seed: int) -> Splits:
 
     - ``embedded``: articles that ship with the package.
     - ``cnn_dailymail``, ``lra-text``: from the hub, or from ``train_file`` and ``test_file``.
-    - ``lra-listops``: generated from ``seed``, which nothing else depends on (``hestctl.data.lra``).
-    - a folder with ``train``, ``validation`` and ``test`` as .jsonl, .csv or .parquet, each plain or .gz.
+    - ``lra-listops``: from ``train_file`` and ``test_file``, such as Long Range Arena's own basic_train.tsv;
+      else generated from ``seed``, which nothing else depends on (``hestctl.data.lra``).
+    - a folder with ``train``, ``validation`` and ``test`` as .jsonl, .csv, .tsv or .parquet, plain or .gz.
     - one such file: a hash of a row's id puts it into test (1 in 10), validation (1 in 10) or train.
 
     Where train and test are given without validation, the same hash takes 1 in 10 out of train for it.
@@ -81,7 +82,7 @@ def _embedded(settings: DataSettings) -> Splits:
 
 def _from_given(given: Mapping[str, Path], settings: DataSettings) -> Splits:
     keys = ", ".join(f"data.{split}_file" for split in given)
-    if settings.source not in ("embedded", "cnn_dailymail", "lra-text"):
+    if settings.source not in NAMED_SOURCES:
         raise HestError(
             f"both {keys} and data.source = '{settings.source}' name the data",
             "give the one or the other",
@@ -94,9 +95,8 @@ def _from_given(given: Mapping[str, Path], settings: DataSettings) -> Splits:
             f"give {' and '.join(missing)} too, or one file with all rows as data.source",
             Exit.USAGE,
         )
-    if settings.source == "lra-text":
-        return _from_files("lra-text", given, settings, REVIEW_LABELS)
-    return _from_files("files", given, settings)
+    labels = {"lra-text": REVIEW_LABELS, "lra-listops": DIGIT_LABELS}.get(settings.source)
+    return _from_files("files" if labels is None else settings.source, given, settings, labels)
 
 
 def _from_path(path: Path, settings: DataSettings) -> Splits:
@@ -125,7 +125,7 @@ def _in_folder(folder: Path) -> dict[str, Path]:
         if needed not in found:
             there = sorted(path.name for path in folder.iterdir())
             raise HestError(
-                f"{folder}: no {needed}.jsonl, .csv or .parquet (it holds {few(there) or 'nothing'})",
+                f"{folder}: no {needed}.jsonl, .csv, .tsv or .parquet (it holds {few(there) or 'nothing'})",
                 "a folder holds train, test and, if you like, validation; or give one file with all rows",
                 Exit.USAGE,
             )
@@ -139,6 +139,8 @@ def _from_files(
     if len({path.resolve() for path in paths.values()}) < len(paths):
         raise HestError("one file is given for two splits", "give each split rows of its own", Exit.USAGE)
     tables = {key: open_table(path) for key, path in paths.items()}
+    if labels == DIGIT_LABELS:
+        tables = {key: published(table) for key, table in tables.items()}
     first = next(iter(tables.values()))
     columns = Columns(settings.article_column, settings.summary_column, settings.id_column)
     labelled = not columns_present(first, columns) and columns_present(first, _LABELLED)
@@ -177,8 +179,9 @@ def _assemble(
     _check_apart(parts)
     if not columns.labelled:
         return make_splits(name, "summarise", parts)
-    ordered = {s: sorted(part, key=lambda e: _digest(e.sample_id))[: counts[s]] for s, part in parts.items()}
-    return make_splits(name, "classify", *name_labels(ordered, labels))
+    named, known = name_labels(parts, labels)  # of all rows: a class may be missing among the first few
+    ordered = {s: sorted(part, key=lambda e: _digest(e.sample_id))[: counts[s]] for s, part in named.items()}
+    return make_splits(name, "classify", ordered, known)
 
 
 def _deal(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hestctl.errors import HestError
+from hestctl.errors import Exit, HestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,6 +91,28 @@ def plain_ids(
         (row if control.keys().isdisjoint(row) else _in_pieces(tokenizer, text, control))[place.drop :]
         for row, text in zip(rows, written, strict=True)
     ]
+
+
+def byte_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """One id a byte (UTF-8) of each text: the tokens that stand for single bytes in the vocabulary.
+
+    Bytes that the vocabulary has no token for (rare control characters in some) read as a question mark.
+    Raises HestError (usage) for a tokenizer that has no tokens of bytes.
+    """
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    known = tokenizer.get_vocab()
+    spelt = [f"<0x{byte:02X}>" for byte in range(256)]  # SentencePiece; else the letters of byte-level BPE
+    if spelt[0] not in known:
+        letters = bytes_to_unicode()  # type: ignore[no-untyped-call]
+        spelt = [letters[byte] for byte in range(256)]
+    if any(spelt[byte] not in known for byte in range(ord(" "), ord("~") + 1)):
+        raise HestError(
+            "the tokenizer has no tokens of single bytes", "give --set data.units=tokens", Exit.USAGE
+        )
+    unknown = known[spelt[ord("?")]]
+    ids = [known.get(token, unknown) for token in spelt]
+    return [[ids[byte] for byte in text.encode("utf-8")] for text in texts]
 
 
 def _in_pieces(tokenizer: PreTrainedTokenizerBase, text: str, control: dict[int, str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""JSON lines, CSV and Parquet as tables, plain or gzipped. Data is only ever parsed, never executed."""
+"""JSON lines, CSV, TSV and Parquet as tables, plain or gzipped. Data is only parsed, never executed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import IO, cast
 from hestctl.data.tables import Columns, Table, nearest
 from hestctl.errors import Exit, HestError
 
-KINDS = ("jsonl", "csv", "parquet")
+KINDS = ("jsonl", "csv", "tsv", "parquet")
 
 _CELL_CHARACTERS = 1 << 27
 """The csv module's own limit of 131,072 characters is below a long article."""
@@ -23,7 +23,7 @@ _Records = Iterator[tuple[int, Mapping[str, object]]]
 
 
 def kind_of(path: Path) -> str | None:
-    """``jsonl``, ``csv`` or ``parquet`` by the file's name, ``.gz`` set aside; None for anything else."""
+    """One of ``KINDS`` by the file's name, ``.gz`` set aside; None for anything else."""
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     kind = name.suffix.lower().removeprefix(".")
     return kind if kind in KINDS else None
@@ -42,12 +42,12 @@ def open_table(path: Path) -> Table:
     if kind is None:
         raise HestError(
             f"{path} is not a kind of file that is read",
-            "give .jsonl, .csv or .parquet, plain or with .gz added",
+            "give .jsonl, .csv, .tsv or .parquet, plain or with .gz added",
             Exit.USAGE,
         )
     if kind == "parquet":
         return _parquet(path)
-    return _json_lines(path) if kind == "jsonl" else _csv(path)
+    return _json_lines(path) if kind == "jsonl" else _csv(path, "\t" if kind == "tsv" else ",")
 
 
 def columns_present(table: Table, columns: Columns) -> bool:
@@ -101,9 +101,9 @@ def _json_records(path: Path) -> _Records:
         yield number, record
 
 
-def _csv(path: Path) -> Table:
+def _csv(path: Path, delimiter: str) -> Table:
     csv.field_size_limit(_CELL_CHARACTERS)
-    rows = csv.reader((line for _, line in _lines(path)), strict=True)
+    rows = csv.reader((line for _, line in _lines(path)), delimiter=delimiter, strict=True)
 
     def next_row() -> tuple[str, list[str] | None]:
         place = f"{path}, line {rows.line_num + 1}"

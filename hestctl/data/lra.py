@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from hestctl.data.examples import SPLITS, Example, Splits, make_splits
-from hestctl.data.tables import few
+from hestctl.data.tables import Table, few
 from hestctl.errors import Exit, HestError
 from hestctl.settings import DataSettings
 
@@ -18,6 +19,8 @@ _DEFAULT_COUNTS = {"train": 10_000, "validation": 1_000, "test": 2_000}
 _LONGEST = 2_000
 """Symbols in the longest expression of Long Range Arena itself."""
 _OPERATORS = ("MIN", "MAX", "MED", "SM")
+_PUBLISHED = {"Source": "text", "Target": "label"}
+"""The columns of Long Range Arena's own files of expressions."""
 
 Tree = int | tuple[str, list["Tree"]]
 """A digit, or an operator over its arguments."""
@@ -116,15 +119,33 @@ def _grow(
     return root[0], length
 
 
+def published(table: Table) -> Table:
+    """A table of expressions as Long Range Arena's files have them: ``Source`` and ``Target`` become text
+    and label, and the round brackets of its binary trees go, as its own reader drops them."""
+    if not set(_PUBLISHED) <= set(table.names):
+        return table
+
+    def plain(record: Mapping[str, object]) -> dict[str, object]:
+        row = {_PUBLISHED.get(name, name): value for name, value in record.items()}
+        if isinstance(row["text"], str):
+            row["text"] = " ".join(re.sub(r"[()]", " ", row["text"]).split())
+        return row
+
+    names = tuple(_PUBLISHED.get(name, name) for name in table.names)
+    return Table(table.where, table.unit, names, ((number, plain(row)) for number, row in table.records))
+
+
 def name_labels(
     parts: Mapping[str, Sequence[Example]], allowed: tuple[str, ...] | None = None
 ) -> tuple[dict[str, list[Example]], tuple[str, ...]]:
-    """The examples with labels 0 and 1 called negative and positive, and all labels in order.
+    """The examples under the names of their labels, and all labels in order.
 
-    Raises HestError (usage) for a label outside ``allowed``, naming samples that have it.
+    Labels 0 and 1 of reviews (``allowed`` is ``REVIEW_LABELS``) are called negative and positive. Raises
+    HestError (usage) for a label outside ``allowed``, naming samples that have it.
     """
     used = {example.answer for part in parts.values() for example in part}
-    names = dict(zip("01", REVIEW_LABELS, strict=True)) if used <= {"0", "1"} else {}
+    reviews = allowed == REVIEW_LABELS and used <= {"0", "1"}
+    names = dict(zip("01", REVIEW_LABELS, strict=True)) if reviews else {}
 
     def named(example: Example) -> Example:
         name = names.get(example.answer, example.answer)
@@ -139,7 +160,7 @@ def name_labels(
     if strange:
         raise HestError(
             f"labels other than {' and '.join(allowed)}: {few(strange)}",
-            f"write labels as {', '.join(allowed)} or 0, 1",
+            f"write labels as {', '.join(allowed)}" + (" or 0, 1" if allowed == REVIEW_LABELS else ""),
             Exit.USAGE,
         )
     return renamed, allowed

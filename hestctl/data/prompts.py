@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hestctl.data.chat import Chat, chat_of, end_of_turn, plain_ids
+from hestctl.data.chat import Chat, byte_ids, chat_of, end_of_turn, plain_ids
 from hestctl.data.examples import Example, Task
-from hestctl.data.lra import DIGIT_LABELS, REVIEW_LABELS
 from hestctl.errors import Exit, HestError
 from hestctl.settings import DataSettings
 
@@ -42,6 +41,7 @@ _LISTOPS = (
     "MED their median rounded down, SM their sum modulo 10. Answer with one digit."
 )
 _CLASSIFY = "Classify the following text. Answer with one of: {labels}."
+_OF_SOURCE = {"lra-text": _REVIEW, "lra-listops": _LISTOPS}
 _CUES: dict[Task, str] = {"summarise": "\n\nSummary:\n", "classify": "\n\nAnswer:\n"}
 """What follows the text where the tokenizer has no chat template."""
 
@@ -92,14 +92,14 @@ class PromptBatch:
     prompt_tokens: torch.Tensor
 
 
-def instruction(task: Task, labels: Sequence[str] = ()) -> str:
-    """What the model is asked to do with the text that follows."""
+def instruction(task: Task, labels: Sequence[str] = (), settings: DataSettings | None = None) -> str:
+    """What the model is asked to do with the text that follows; ``settings`` may have words of their own."""
+    if settings is not None and settings.instruction is not None:
+        return settings.instruction
     if task == "summarise":
         return _SUMMARISE
-    if tuple(labels) == REVIEW_LABELS:
-        return _REVIEW
-    if tuple(labels) == DIGIT_LABELS:
-        return _LISTOPS
+    if settings is not None and settings.source in _OF_SOURCE:
+        return _OF_SOURCE[settings.source]
     return _CLASSIFY.format(labels=", ".join(labels))
 
 
@@ -117,18 +117,26 @@ def encode(
     (without one: bos if the tokenizer sets it, that turn, a blank line, and ``Summary:`` or ``Answer:`` on
     a line of its own). The text is cut at its end so that the prompt has at most ``max_tokens -
     max_answer_tokens`` tokens whatever its answer's length: a prompt tells nothing of its answer. Special
-    tokens spelt out in a text or an answer stay plain text.
+    tokens spelt out in a text or an answer stay plain text. In ``units`` of bytes a text is the tokens of its
+    bytes, the words around it those of the tokenizer.
 
-    Raises HestError (usage) where the limits leave no room for a text or for a whole label.
+    Raises HestError (usage) where the limits leave no room for a text or for a whole label, and for a
+    tokenizer without tokens of bytes where they are wanted.
     """
     chat = chat_of(tokenizer, _CUES[task])
-    request = f"{instruction(task, labels)}\n\n"
-    room = _room(settings, chat, len(plain_ids(tokenizer, [request], chat.user)[0]))
+    request = f"{instruction(task, labels, settings)}\n\n"
+    (asked,) = plain_ids(tokenizer, [request], chat.user)
+    room = _room(settings, chat, len(asked))
+    in_bytes = settings.units == "bytes" or (settings.units == "auto" and settings.source == "lra-text")
     one: dict[int, int] = {}  # a token id is one object, however often it occurs
     encoded: list[Encoded] = []
     for start in range(0, len(examples), _AT_ONCE):
         chunk = examples[start : start + _AT_ONCE]
-        turns = plain_ids(tokenizer, [request + example.text.strip() for example in chunk], chat.user)
+        texts = [example.text.strip() for example in chunk]
+        if in_bytes:
+            turns = [asked + text for text in byte_ids(tokenizer, texts)]
+        else:
+            turns = plain_ids(tokenizer, [request + text for text in texts], chat.user)
         answers = plain_ids(tokenizer, [example.answer for example in chunk], chat.answer)
         for example, turn, answer in zip(chunk, turns, answers, strict=True):
             longest = settings.max_answer_tokens - 1

@@ -46,7 +46,8 @@ def share_batch(
 
     The rule: ``phases``, the energy model's prediction for the batch, says in what proportion prefill and
     decode share ``total_j``; then prompt tokens divide the prefill's joules, and new tokens the decode's.
-    Without a prediction every token, prompt or new, weighs the same, and the phases are not told apart.
+    A batch without new tokens, whose labels were scored, has no decode. Without a prediction every token,
+    prompt or new, weighs the same, and the phases are not told apart.
     """
     bound_j = error_j or 0.0
 
@@ -57,7 +58,8 @@ def share_batch(
         weights = [p + n for p, n in zip(prompt_tokens, new_tokens, strict=True)]
         return [share(joules, bound) for joules, bound in apportion(total_j, bound_j, weights)]
     prefill, decode = apportion(total_j, bound_j, phases)
-    prefills, decodes = apportion(*prefill, prompt_tokens), apportion(*decode, new_tokens)
+    prefills = apportion(*prefill, prompt_tokens)
+    decodes = apportion(*decode, new_tokens) if any(new_tokens) else [(0.0, 0.0)] * len(prompt_tokens)
     return [
         share(p_j + d_j, p_e + d_e, p_j, d_j)
         for (p_j, p_e), (d_j, d_e) in zip(prefills, decodes, strict=True)

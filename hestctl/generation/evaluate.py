@@ -161,7 +161,8 @@ def _samples(
     """One record a request; a batch's joules are apportioned by ``share_batch``'s rule."""
     window = batch.window
     prompt_tokens = [len(row.prompt_ids) for row in batch.rows]
-    new_tokens = [len(ids) for ids in batch.result.new_ids]
+    # A label is read off the prompt's last position: no token is written, and none is decoded.
+    new_tokens = [0 if batch.predicted else len(ids) for ids in batch.result.new_ids]
     beams = 1 if batch.predicted else settings.num_beams  # labels are scored without beams
     phases = _predicted(model, generator, batch.result.blocks, prompt_tokens, new_tokens, beams)
     shares: list[Share | None] = [None] * len(batch.rows)

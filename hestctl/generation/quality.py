@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from hestctl.errors import HestError
+from hestctl.errors import Exit, HestError
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+")
 
@@ -45,12 +45,16 @@ def _lines(text: str) -> str:
 def first_token_of_labels(answers: dict[str, tuple[int, ...]]) -> dict[int, str]:
     """Which label a first answer token stands for.
 
-    Raises HestError where two labels start with the same token: they could not be told apart.
+    Raises HestError (usage) where two labels start with the same token: they could not be told apart.
     """
-    first = {ids[0]: label for label, ids in answers.items()}
-    if len(first) != len(answers):
-        raise HestError(
-            f"the labels {', '.join(answers)} do not differ in their first token under this tokenizer",
-            "rename the labels so that their first tokens differ",
-        )
+    first: dict[int, str] = {}
+    for label, ids in answers.items():
+        other = first.setdefault(ids[0], label)
+        if other != label:
+            raise HestError(
+                f"the labels '{other}' and '{label}' begin with the same token under this tokenizer: "
+                "labels are scored by their first token",
+                "rename them in the data, so that the first tokens of all labels differ",
+                Exit.USAGE,
+            )
     return first

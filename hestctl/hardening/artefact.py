@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hestctl.durable import sync
 from hestctl.errors import HestError
 from hestctl.kernels.reference import quantise_rows
 from hestctl.model.backbone import Backbone
@@ -46,7 +47,7 @@ def write_codes(folder: Path, backbone: Backbone, blocks: BlockStates) -> None:
             for path, layer, block in _files(folder, blocks):
                 if not _is_whole(path, backbone):
                     _write(path, _quantised(backbone, layer, block), backbone.fingerprint)
-            _sync(folder)
+            sync(folder)
     except (OSError, SafetensorError) as error:
         raise HestError(
             f"cannot write int8 codes to {folder}: {error}",
@@ -90,7 +91,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], fingerprint: str) -> None:
     aside = path.with_name(f".{path.name}.aside")
     try:
         save_file(dict(tensors), aside, {"fingerprint": fingerprint, "sha256": _sha256(path.stem, tensors)})
-        _sync(aside)
+        sync(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -131,11 +132,3 @@ def _sha256(stem: str, tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {list(tensors[name].shape)} {tensors[name].dtype}".encode())
         found.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

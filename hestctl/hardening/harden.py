@@ -24,7 +24,7 @@ from hestctl.model.backbone import Backbone
 from hestctl.model.blocks import Int8Codes, in_states
 from hestctl.model.gates import OrdinalGate
 from hestctl.model.spectral import SpectralAdapters, applied, normalise
-from hestctl.records import BlockStates
+from hestctl.records import FULL, BlockStates
 from hestctl.settings import GenerationSettings, Scope
 
 _AIM = 0.975
@@ -116,6 +116,11 @@ def harden(
     expected = decided = Terms.zero()
     if scope == "network":
         open_j = _mean(_price(x.state_LTR, plan) / x.tokens for x in looks)
+        if budget is not None:
+            # Where all directions at once cost next to nothing, room for them spares every token its ledger.
+            all_j = layers * adapters.shape[2] * table.costs_j[FULL]
+            sample_j = all_j * generation.num_beams * (lengths.prompt_tokens + lengths.new_tokens)
+            open_j = all_j if sample_j <= margin * budget.emax_j else open_j
         found = settle(table.model, plan, budget, blocks, adapters.gate.kind, open_j, lengths)
         plan, expected, decided = found.plan, found.expected, found.decided
     expected_j = _mean(

@@ -51,13 +51,15 @@ def incomes(allowance_Q: Tensor, pace_L: Tensor, rank: int, tariff: Tariff) -> T
 
     ``allowance_Q`` is what a request may spend per token position (J, float64): over its positions the
     incomes of all layers add up to at most that much each. No layer earns more than ``rank`` full
-    directions cost.
+    directions cost, and every one that much where the allowance pays for all, whatever the pace.
     """
     share_L = pace_L.double() / pace_L.double().sum()
     per_token = allowance_Q.double()[None, :] / tariff.unit_j * share_L[:, None]
     everything = (rank * tariff.full) << _FINE_BITS
     fine: Tensor = per_token * 2**_FINE_BITS
-    return fine.floor().clamp(max=everything).long()
+    income_LQ = fine.floor().clamp(max=everything).long()
+    ample_Q = allowance_Q >= len(pace_L) * rank * tariff.full * tariff.unit_j
+    return torch.where(ample_Q.to(income_LQ.device), everything, income_LQ)
 
 
 class Ledger:
@@ -68,6 +70,8 @@ class Ledger:
     positions left so comes back to the purse at its end, wherever chunks begin and end. Calls of one
     token keep their whole state on the device, so that a CUDA graph may hold them. The fused adapter of
     decode reads and writes ``income_LQ``, ``purse_LQ`` and ``seen_LQ`` (tokens served) in their places.
+    On a CPU, where every small operation is time and joules, no purse is kept when each token earns all that
+    its directions could ask for.
     """
 
     def __init__(self, income_LQ: Tensor, order_LR: Tensor, tariff: Tariff, *, uses_int8: bool) -> None:
@@ -82,12 +86,15 @@ class Ledger:
         # carries it on, and here, to cut longer calls at the blocks' ends.
         self._position_L = torch.zeros(len(income_LQ), dtype=torch.int64, device=income_LQ.device)
         self._start_L = [0] * len(income_LQ)
+        everything = (order_LR.shape[1] * int(self._prices_S[FULL])) << _FINE_BITS
+        self._ample = income_LQ.device.type == "cpu" and bool((income_LQ >= everything).all())
 
     def restart(self, fresh: Ledger) -> None:
         """Become ``fresh`` (of the same shape) in the memory this ledger already holds."""
         for mine, other in zip(self._state(), fresh._state(), strict=True):
             mine.copy_(other)
         self._start_L = list(fresh._start_L)
+        self._ample = fresh._ample
 
     def _state(self) -> tuple[Tensor, ...]:
         return (self.income_LQ, self.purse_LQ, self._unspent_LQ, self.seen_LQ, self._position_L)
@@ -95,6 +102,8 @@ class Ledger:
     def allow(self, layer: int, asked_WTR: Tensor, real_WT: Tensor) -> Tensor:
         """The states that may run, (W, T, R). ``real_WT`` is false on padding, which is always off."""
         asked_WTR = asked_WTR * real_WT[..., None]
+        if self._ample:
+            return asked_WTR
         parts, start, tokens = [], 0, asked_WTR.shape[1]
         while start < tokens:
             # With whole directions as the only price nothing is ever left over: no blocks are needed.

@@ -179,11 +179,17 @@ class Plan:
             assert bill.emax is not None
             least_j, emax_j = (t.total_j(longest, 1) / requests for t in (bill.base, bill.emax.of(requests)))
             which = f"sample {names[list(prompt_tokens).index(longest)]}" if names else "a sample"
+            hint = "harden again with a larger --emax, or shorten prompts with --set data.max_tokens"
+            if longest < self.bound[0]:
+                hint = (
+                    f"the plan was made for {self.bound[0]:,} prompt tokens and more: hestctl harden "
+                    f"--set budget.shortest={longest} makes one that starts there"
+                )
             raise HestError(
                 f"not even one new token of {which} ({longest} prompt tokens, batch of {requests}) fits its "
                 f"E_max: it takes {least_j:.4g} J, and {100 * self.margin:.2g} % of {emax_j:.4g} J stay in "
                 "reserve",
-                "harden again with a larger --emax, or shorten prompts with --set data.max_tokens",
+                hint,
                 Exit.OVER_BUDGET,
             )
         return most

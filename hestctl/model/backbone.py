@@ -27,6 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from hestctl.durable import file_sha256
 from hestctl.errors import Exit, HestError
 from hestctl.model import random_weights, smollm2
 from hestctl.settings import BackboneSettings
@@ -447,7 +448,7 @@ def _checksums(files: list[Path]) -> dict[str, str]:
         elif isinstance(found, list) and found[:2] == [stat.st_size, stat.st_mtime_ns]:
             sums[path.name] = str(found[2])
         else:
-            sums[path.name] = smollm2.file_sha256(real)
+            sums[path.name] = file_sha256(real)
             known[str(real)] = [stat.st_size, stat.st_mtime_ns, sums[path.name]]
             with contextlib.suppress(OSError):
                 store.parent.mkdir(parents=True, exist_ok=True)

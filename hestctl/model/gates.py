@@ -97,6 +97,7 @@ class OrdinalGate(nn.Module):
         self.register_buffer("spread_L", torch.full((layers,), 0.01))
         barred = [0.0 if state in states else -math.inf for state in (OFF, INT8, FULL)]
         self.register_buffer("barred_S", torch.tensor(barred), persistent=False)
+        self._two_states = set(states) == {OFF, FULL}
         self.centre_L: Tensor
         self.spread_L: Tensor
         self.barred_S: Tensor
@@ -139,7 +140,14 @@ class OrdinalGate(nn.Module):
         return Draw(hard + soft - soft.detach(), probability)
 
     def decide(self, x_BTD: Tensor, layer: int) -> Tensor:
-        return self.logits(x_BTD, layer).argmax(-1)
+        return self.decided(self.scores(x_BTD, layer), self.threshold[layer], self.gap[layer])
+
+    def decided(self, score: Tensor, threshold: Tensor, gap: Tensor) -> Tensor:
+        """The argmax of ``logits_of`` the same, (..., R), int64."""
+        if not self._two_states:
+            return self.logits_of(score, threshold, gap).argmax(-1)
+        # A decode step on a CPU is made of small operations: between two states a comparison decides.
+        return FULL * (2 * (score[..., None] - threshold) > F.softplus(gap)).long()
 
 
 class _TwoStateGate(nn.Module, ABC):

@@ -8,7 +8,6 @@ These weights are not the original ones: every result made with them says ``gguf
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers import modeling_gguf_pytorch_utils as gguf_reader
 
+from hestctl.durable import file_sha256
 from hestctl.errors import HestError
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -47,12 +47,6 @@ def cache_root() -> Path:
     """The folder for downloads: ``HESTCTL_CACHE``, else ``~/.cache/hestctl``."""
     chosen = os.environ.get("HESTCTL_CACHE")
     return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "hestctl"
-
-
-def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:

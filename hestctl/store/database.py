@@ -8,14 +8,16 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from hestctl.durable import sync
 from hestctl.errors import Exit, HestError
-from hestctl.store.files import NO_SPACE, free_name, sync_folder, write_error
+from hestctl.store.files import NO_SPACE, free_name, write_error
 from hestctl.store.migrations import migrate, schema_version, version_of
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def create(db: Path, fill: Callable[[DuckDBPyConnection], _T]) -> _T:
         # The log of an earlier file would be replayed into the new one.
         log_of(db).unlink(missing_ok=True)
         aside.replace(db)
-        sync_folder(db.parent)
+        sync(db.parent)
     except OSError as error:
         raise write_error(db, 0, error) from error
     finally:
@@ -109,6 +111,34 @@ def keep_copy(db: Path, why: str) -> Path:
     return backup
 
 
+def attach_snapshot(con: DuckDBPyConnection, db: Path, name: str, timeout_s: float) -> None:
+    """Attach what the store holds now as the read-only database ``name``, of this schema.
+
+    A temporary copy of the file is attached: that takes the time to copy its bytes, and none of the memory
+    that its rows would fill. It loses its name at once, so that nothing stays behind however the process
+    ends. ``load_copy`` stands in where the bytes would not do: for an older schema, for a log that is not
+    in the file yet, and where the temporary folder has no room.
+    """
+    with _explained(db):
+        _patiently(lambda: con.execute("ATTACH ? AS source (READ_ONLY)", [str(db)]), db, timeout_s)
+        try:
+            con.execute("USE source")
+            whole = version_of(con, db) == schema_version() and not _has_log(db)
+            # DuckDB's lock keeps out whoever knows nothing of ours. Closing the copied file drops it, which
+            # is after the last byte.
+            copy = _temporary_copy(db) if whole else None
+        finally:
+            con.execute("USE memory")
+            con.execute("DETACH source")
+        if copy is None:
+            load_copy(con, db, name, timeout_s)
+            return
+        try:
+            con.execute(f"ATTACH ? AS {name} (READ_ONLY)", [str(copy)])
+        finally:
+            copy.unlink()
+
+
 def load_copy(con: DuckDBPyConnection, db: Path, name: str, timeout_s: float) -> None:
     """Copy the whole store into the attached in-memory database ``name``, brought to this schema.
 
@@ -139,6 +169,27 @@ def remove(db: Path) -> None:
 def log_of(db: Path) -> Path:
     """DuckDB's write-ahead log of ``db``."""
     return db.with_name(f"{db.name}.wal")
+
+
+def _has_log(db: Path) -> bool:
+    """Whether DuckDB keeps a log of any kind beside the file, as a killed process leaves it."""
+    return any(path.name.startswith(log_of(db).name) for path in db.parent.iterdir())
+
+
+def _temporary_copy(db: Path) -> Path | None:
+    """A copy that nobody else may read, or None where there is no room or no folder for one."""
+    try:
+        handle, name = tempfile.mkstemp(prefix="hestctl-", suffix=db.suffix)
+    except OSError:
+        return None
+    copy = Path(name)
+    try:
+        with open(handle, "wb") as target, db.open("rb") as source:  # noqa: PTH123
+            shutil.copyfileobj(source, target, 1 << 20)
+    except OSError:
+        copy.unlink()
+        return None
+    return copy
 
 
 def rebuild_hint(db: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hestctl.durable import sync
 from hestctl.errors import HestError
 
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -60,7 +61,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise write_error(path, len(data), error) from error
     finally:
@@ -77,15 +78,6 @@ def append_whole(fd: int, line: bytes) -> None:
     except OSError:
         os.ftruncate(fd, size)
         raise
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable, which fsync of the files alone does not."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def free_name(path: Path) -> Path:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from hestctl import __version__
+from hestctl.durable import sync
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
-from hestctl.store.files import append_whole, sync_folder, to_json, write_error, write_whole
+from hestctl.store.files import append_whole, to_json, write_error, write_whole
 from hestctl.store.process import Liveness, identity, liveness
 
 LineTable = Literal["steps", "samples", "windows", "utilisation", "trials"]
@@ -89,7 +90,7 @@ class RunFolder:
             write_whole(aside / "process.json", to_json(identity()))
             write_whole(aside / "run.json", to_json(run_fields(run)))
             aside.rename(folder.path)
-            sync_folder(root)
+            sync(root)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
                 raise taken from error

@@ -5,18 +5,20 @@ from __future__ import annotations
 import difflib
 import glob
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
-from hestctl.store.database import in_memory, load_copy
+from hestctl.store.database import attach_snapshot, in_memory, load_copy
 from hestctl.store.index import TABLES, take_runs
 from hestctl.store.lock import StoreLock
 from hestctl.store.store import Store
 
 if TYPE_CHECKING:
+    import duckdb
     from duckdb import DuckDBPyConnection
 
 
@@ -86,27 +88,39 @@ def calibration(store: Store, calibration_id: str) -> dict[str, Any] | None:
     return None if found is None else dict(json.loads(found[0]))
 
 
-def connect(paths_or_globs: Sequence[str], lock_timeout_s: float = 30.0) -> DuckDBPyConnection:
-    """An in-memory connection with a view of each table over all the stores named.
+@contextmanager
+def connect(paths_or_globs: Sequence[str], lock_timeout_s: float = 30.0) -> Iterator[DuckDBPyConnection]:
+    """A connection with a view of each table over all the stores named, as they are at this moment.
 
     The views have one more column, ``store``: the file's name, with as much of its path as tells it
-    from the others. A run id that several stores have reads ``run_id@store``. Nothing of the files
-    stays open. Raises HestError: usage for a store that does not exist, store for one that is locked
-    for ``lock_timeout_s`` seconds, newer or damaged.
+    from the others. An id that different runs have reads ``run_id@store``; a run that was copied from store
+    to store is there once. Nothing of the files stays open: others record while the block runs. Raises
+    HestError: usage for a store that does not exist, store for one that is locked for ``lock_timeout_s``
+    seconds, newer or damaged, even if only a question in the block comes upon the damage.
     """
+    import duckdb
+
     files = find_stores(paths_or_globs)
-    con = in_memory()
-    try:
-        con.execute("CREATE TABLE stores (number BIGINT, name VARCHAR, path VARCHAR)")
-        for number, (file, name) in enumerate(zip(files, _names(files), strict=True)):
+    with in_memory() as con:
+        for number, file in enumerate(files):
             with StoreLock(file, lock_timeout_s).held(read_only=True):
-                load_copy(con, file, f"store_{number}", lock_timeout_s)
-            con.execute("INSERT INTO stores VALUES (?, ?, ?)", [number, name, str(file)])
-        _create_views(con, len(files))
-    except BaseException:
-        con.close()
-        raise
-    return con
+                attach_snapshot(con, file, _database(number), lock_timeout_s)
+        try:
+            _create_views(con, _names(files))
+            yield con
+        except duckdb.Error as error:
+            _demand_undamaged(files, lock_timeout_s, error)
+            raise
+
+
+def _demand_undamaged(files: Sequence[Path], lock_timeout_s: float, error: duckdb.Error) -> None:
+    """Read every store whole: DuckDB's own message names the damaged block, but not the file."""
+    for file in files:
+        with in_memory() as con, StoreLock(file, lock_timeout_s).held(read_only=True):
+            try:
+                load_copy(con, file, "whole", lock_timeout_s)
+            except HestError as damage:
+                raise damage from error
 
 
 def find_stores(paths_or_globs: Sequence[str]) -> list[Path]:
@@ -161,19 +175,44 @@ def _names(files: Sequence[Path]) -> list[str]:
     return names
 
 
-def _create_views(con: DuckDBPyConnection, stores: int) -> None:
-    runs = " UNION ALL ".join(f"SELECT run_id FROM store_{number}.runs" for number in range(stores))
-    con.execute(f"CREATE TABLE shared AS SELECT run_id FROM ({runs}) GROUP BY run_id HAVING count(*) > 1")
+def _create_views(con: DuckDBPyConnection, names: Sequence[str]) -> None:
+    held = " UNION ALL ".join(
+        f"SELECT {number} AS number, run_id, created_at, status FROM {_database(number)}.runs"
+        for number in range(len(names))
+    )
+    con.execute(f"CREATE TABLE held AS {held}")
+    con.execute(
+        "CREATE TABLE shared AS SELECT run_id FROM held GROUP BY run_id HAVING count(DISTINCT created_at) > 1"
+    )
+    # Of a run's copies the finished one tells most: the others may be older than its end.
+    con.execute(
+        "CREATE TABLE copies AS SELECT number, run_id FROM held QUALIFY row_number() OVER "
+        "(PARTITION BY run_id, created_at ORDER BY (status = 'finished') DESC, number) > 1"
+    )
+    any_shared = con.execute("SELECT count(*) > 0 FROM shared").fetchall()[0][0]
+    with_copies = {number for (number,) in con.execute("SELECT DISTINCT number FROM copies").fetchall()}
     for table in TABLES:
-        columns = ("run_id", "parent_run_id") if table == "runs" else ("run_id",)
-        qualified = ", ".join(
-            f"CASE WHEN t.{column} IN (SELECT run_id FROM shared) THEN t.{column} || '@' || stores.name "
-            f"ELSE t.{column} END AS {column}"
-            for column in columns
-        )
-        parts = [
-            f"SELECT stores.name AS store, t.* REPLACE ({qualified}) "
-            f"FROM store_{number}.{table} AS t JOIN stores ON stores.number = {number}"
-            for number in range(stores)
-        ]
+        parts = []
+        for number, name in enumerate(names):
+            # As a constant, so that a question about one store leaves the others unread.
+            store = "'" + name.replace("'", "''") + "'"
+            columns = "t.*"
+            if any_shared:
+                replaced = ("run_id", "parent_run_id") if table == "runs" else ("run_id",)
+                columns += f" REPLACE ({', '.join(_qualified(column, store) for column in replaced)})"
+            part = f"SELECT {store} AS store, {columns} FROM {_database(number)}.{table} AS t"
+            if number in with_copies:
+                part += f" WHERE t.run_id NOT IN (SELECT run_id FROM copies WHERE number = {number})"
+            parts.append(part)
         con.execute(f"CREATE VIEW {table} AS {' UNION ALL BY NAME '.join(parts)}")
+
+
+def _qualified(column: str, store: str) -> str:
+    return (
+        f"CASE WHEN t.{column} IN (SELECT run_id FROM shared) THEN t.{column} || '@' || {store} "
+        f"ELSE t.{column} END AS {column}"
+    )
+
+
+def _database(number: int) -> str:
+    return f"store_{number}"

@@ -5,7 +5,6 @@ Tensors are safetensors, the rest is JSON: nothing that could run code is ever l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hestctl.durable import file_sha256, sync
 from hestctl.errors import HestError
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -44,14 +44,14 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         aside.mkdir(parents=True)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside / _TENSORS)
         (aside / _STATE).write_text(json.dumps({"step": step, **state}))
-        sums = {name: _sha256(aside / name) for name in (_TENSORS, _STATE)}
+        sums = {name: file_sha256(aside / name) for name in (_TENSORS, _STATE)}
         (aside / _MANIFEST).write_text(json.dumps(sums))
         for name in (_TENSORS, _STATE, _MANIFEST):
-            _fsync(aside / name)
+            sync(aside / name)
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)
-        _fsync(folder)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
@@ -86,7 +86,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     aside = path.with_name(f".{path.name}.aside")
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.contiguous() for name, t in tensors.items()}, aside, metadata=dict(metadata))
-    _fsync(aside)
+    sync(aside)
     os.replace(aside, path)
 
 
@@ -110,19 +110,6 @@ def _problem(path: Path) -> str | None:
     for name in (_TENSORS, _STATE):
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _sha256(path / name) != sums.get(name):
+        if file_sha256(path / name) != sums.get(name):
             return f"the checksum of {name} differs"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -187,7 +187,7 @@ def _hold_to_reference(
     reference = find_reference(store, row, s.budget.reference)
     if reference is None:
         raise HestError(
-            "the search holds ROUGE at the baseline's, and the store has no comparable tabs run",
+            "the search holds quality at the baseline's, and the store has no comparable tabs run",
             "hestctl train --method tabs first, or name one with --reference",
             Exit.USAGE,
         )

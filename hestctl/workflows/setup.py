@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from hestctl.budget import Budget, Reference, predicted_tabs_j, resolve_budget
 from hestctl.data.articles import Splits, load_splits
-from hestctl.data.prompts import Encoded, encode
+from hestctl.data.prompts import Encoded, encode, label_answers
 from hestctl.energy.meter import Meter
 from hestctl.energy.table import EnergyTable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engines import engine_for
 from hestctl.generation.native import NativeGenerator
+from hestctl.generation.quality import first_token_of_labels
 from hestctl.hardening.certificate import certificate, worst
 from hestctl.hardening.harden import harden
 from hestctl.hardening.network import Blocks
@@ -82,7 +83,16 @@ def load_data(
 
     The others stay empty: a large training split takes minutes that only training should pay. The
     test split is always needed, for it is part of the data's identity.
+
+    Raises HestError (usage) for labels that this backbone's tokenizer does not tell apart.
     """
+    if splits.labels:
+        first_token_of_labels(label_answers(splits.labels, backbone.tokenizer))
+        if settings.generation.new_tokens > 1:
+            progress.note(
+                "labels are scored, no token is written: --new-tokens 1 spares a plan the rest of "
+                f"{settings.generation.new_tokens} that it would have to fit"
+            )
     encoded: dict[str, list[Encoded]] = {
         name: encode(
             getattr(splits, name),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,10 +40,16 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "rouge_lsum": _mean([s.rouge_lsum for s in samples]),
         "nll_per_token": sum(s.nll or 0.0 for s in samples) / answer_tokens if answer_tokens else None,
         "accuracy": _mean([float(s.label == s.predicted_label) for s in labelled]),
+        "chance": _most_frequent([s.label for s in labelled]),
         "directions_int8_per_sample": _mean([s.directions_int8 for s in samples]),
         "directions_full_per_sample": _mean([s.directions_full for s in samples]),
         "stopped_share": _mean([float(s.finish != "length") for s in samples]),
     }
+
+
+def _most_frequent(labels: Sequence[str | None]) -> float | None:
+    """The accuracy (0 to 1) of always answering the most frequent label."""
+    return max(Counter(labels).values()) / len(labels) if labels else None
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

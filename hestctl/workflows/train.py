@@ -445,10 +445,15 @@ class _Work:
             return
         run.summary = {**run.summary, "scope_energy_over_reference": mine / other}
         held = "within" if mine <= budget.ratio * other else "NOT within"
+        lengths = (
+            f"{run.summary['new_tokens_per_sample']:.1f} new tokens against "
+            f"{theirs['new_tokens_per_sample']:.1f}"
+        )
+        if self.data.labels:
+            lengths = "labels are scored, no new tokens"
         self.progress.note(
             f"the mean sample takes {mine / other:.3f} of the tabs run's in scope {run.scope} (predicted), "
-            f"{held} {budget.ratio:g}: {run.summary['new_tokens_per_sample']:.1f} new tokens against "
-            f"{theirs['new_tokens_per_sample']:.1f}"
+            f"{held} {budget.ratio:g}: {lengths}"
         )
 
     @property

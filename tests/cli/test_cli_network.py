@@ -1,7 +1,6 @@
 """Scope network end to end: the joules of whole generations are the budget, blocks are what is chosen.
 
-Calibration is real, its joules are not: estimated joules of tiny blocks are noise, of which no share can be
-promised. They are set to known ones as the table is made.
+Calibration is real, its joules are not (``known_joules``).
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,7 @@ import pytest
 from cli_tools import TINY, Outcome, Study, lines_of, run_cli
 
 from hestctl.calibration import measure
-from hestctl.calibration.measure import Calibration
-from hestctl.energy.model import Cost, EnergyModel, GenerationPoint, Terms
-from hestctl.energy.table import EnergyTable
+from hestctl.energy.model import EnergyModel, Terms
 from hestctl.errors import Exit
 from hestctl.model.backbone import tiny_backbone
 from hestctl.records import FULL, INT8, OFF, BlockStates
@@ -33,43 +28,10 @@ SMALL = (
 )
 """16 steps; blocks settle after the fourth."""
 HEST = ("train", "--method", "hest", *SMALL)
-REST = Terms(1e-3, 2e-5, 0.0, 1e-3)
-BLOCKS = (Terms(1e-3, 2e-5, 1e-8, 1e-3, 1e-6), Terms(2e-3, 4e-5, 0.0, 2e-3))
-"""Attention and MLP of one layer at full. int8 takes half."""
-SHARE = {"off": 0.0, "int8": 0.5, "full": 1.0}
-
-
-def known_j(point: GenerationPoint) -> Cost:
-    terms = REST
-    for block, state in zip(BLOCKS, (point.attention, point.mlp), strict=True):
-        share = SHARE[state]
-        half = Terms(block.call_j * share, block.token_j * share, 0.0, block.step_j * share)
-        looks = Terms(token2_j=block.token2_j, context_j=block.context_j).times(float(share > 0))
-        terms = terms.plus(half.plus(looks).times(2))
-    return Cost(terms.total_j(point.prompt_tokens, point.new_tokens), 0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def known_joules() -> Iterator[None]:
-    made = Calibration._table
-
-    def table(self: Calibration, model: EnergyModel | None) -> EnergyTable:
-        if model is not None:
-            small = Cost(1e-6, 0.0)
-            model = replace(
-                model,
-                points=tuple(replace(point, cost=known_j(point)) for point in model.points),
-                adapters=tuple(replace(one, prefill=small, decode=small) for one in model.adapters),
-            )
-        return replace(made(self, model), full=Cost(2e-8, 0.0), int8=Cost(1e-8, 0.0))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Calibration, "_table", table)
-        yield
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory: pytest.TempPathFactory) -> Study:
+def network(tmp_path_factory: pytest.TempPathFactory, known_joules: None) -> Study:
     """To be read only."""
     folder = tmp_path_factory.mktemp("network")
     tabs = run_cli(folder, "train", "--method", "tabs", *SMALL)

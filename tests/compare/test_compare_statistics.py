@@ -103,6 +103,30 @@ def test_wilson_agrees_with_the_published_example() -> None:
     assert s.wilson(0, 10).low == 0
 
 
+def test_answers_that_are_all_alike_are_no_certainty() -> None:
+    """Eight samples on which two runs agree may still hide many on which they would not."""
+    few, many = (s.share_difference(np.zeros(count)) for count in (8, 2000))
+    assert few.value == many.value == 0
+    assert few.low < -0.15 < 0.15 < few.high
+    assert -0.002 < many.low < 0 < many.high < 0.002
+    assert s.least_detectable_difference(s.as_if_two_more(np.zeros(8))) > 0.15
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.9, 0.9), (0.95, 0.85), (0.6, 0.7)])
+@pytest.mark.parametrize("count", [15, 60, 400])
+def test_the_interval_of_a_share_difference_covers(first: float, second: float, count: int) -> None:
+    generator = np.random.default_rng(7)
+    covered = 0
+    for _ in range(800):
+        alike = generator.random(count) < 0.7  # the two runs' answers are not independent
+        draw = generator.random(count)
+        right = draw < second
+        left = np.where(alike, draw < first, generator.random(count) < first)
+        found = s.share_difference(left.astype(float) - right.astype(float))
+        covered += found.low <= first - second <= found.high
+    assert covered >= 0.93 * 800
+
+
 def test_chance_is_the_share_of_the_most_frequent_label() -> None:
     assert s.chance_level(["a", "b", "b", "b"]) == 0.75
 

@@ -423,6 +423,30 @@ def test_classification_shows_accuracy_beside_chance() -> None:
     assert pair_of(found).quality == "not inferior"
     assert "chance %" in table_of(found, "Quality").headers
     assert found.rows[0].measure("energy_j_per_new_token").value is None
+    assert "chance level" in pair_of(found).quality_reason
+    assert "no token was written" in pair_of(found).at_equal_length
+    assert "labels scored (no tokens written), batch 4" in compared_lines(found)[1]
+    told = outcomes(found)
+    outcome, reason = told["the same accuracy as TABS"]
+    assert outcome == "confirmed"
+    assert "chance level" in reason
+    (score,) = [reason for text, (_, reason) in told.items() if text.startswith("ROUGE-L about")]
+    assert "accuracy takes its place: 8" in score
+    document = as_json(found)
+    assert document["quality_metric"] == "accuracy_percent"
+    assert {*document["metrics"]["chance_percent"].values()} != {None}
+    assert {*document["metrics"]["rouge_lsum"].values()} == {None}
+
+
+def test_eight_answers_alike_are_not_equal_quality() -> None:
+    """All of few samples right on both sides: above chance, and still nothing about the margin."""
+    connection = empty_store()
+    for run in (a_run("tabs", 1, dataset="lra-text"), a_run("hest", 2, dataset="lra-text")):
+        add(connection, run, samples=classified(run, 12, 1.0))
+    pair = pair_of(compare(connection, margin=5))
+    assert pair.quality == "inconclusive"
+    assert pair.least_detectable_points > 5
+    assert "chance level" in pair.quality_reason
 
 
 def test_two_coins_are_not_equally_accurate() -> None:

@@ -289,6 +289,9 @@ def test_classification_has_accuracy_and_chance() -> None:
     headers = grids(document, "Configurations")[0].headers
     assert {"accuracy, %", "chance level, %"} <= set(headers)
     assert not any("ROUGE" in header for header in headers)
+    told = dict(grids(document, "What was compared")[0].rows)
+    assert told["answers"] == "labels scored, no tokens written"
+    assert "beams" not in told
 
 
 def test_one_run_alone_makes_a_report() -> None:

@@ -42,9 +42,10 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     plain = path.with_suffix("") if path.suffix == ".gz" else path
     if plain.suffix == ".parquet":
         parquet.write_table(pyarrow.Table.from_pylist(rows), plain)
-    elif plain.suffix == ".csv":
+    elif plain.suffix in (".csv", ".tsv"):
         with plain.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+            delimiter = "," if plain.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(stream, fieldnames=list(rows[0]), delimiter=delimiter)
             writer.writeheader()
             writer.writerows(rows)
     else:
@@ -54,7 +55,7 @@ def write(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
-KINDS = ["x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz", "x.csv.gz", "x.parquet.gz"]
+KINDS = [f"x.{kind}{packed}" for packed in ("", ".gz") for kind in ("jsonl", "csv", "tsv", "parquet")]
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import random
 import statistics
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hestctl.data.articles import Splits, load_splits
-from hestctl.data.lra import listops
+from hestctl.data.lra import DIGIT_LABELS, listops
+from hestctl.errors import HestError
 from hestctl.settings import DataSettings
 
 
@@ -126,6 +129,40 @@ def test_lengths_follow_the_room_in_tokens(max_tokens: int) -> None:
     longest = max(len(e.text.split(" ")) for e in splits.train)
     assert longest <= 2_000
     assert longest * 2 < max(max_tokens, 64)
+
+
+def test_published_files_lose_their_round_brackets(tmp_path: Path) -> None:
+    """As Long Range Arena's own reader has it; the value is the expression's all the same."""
+    written = [
+        ("( ( ( ( [MAX 2 ) 9 ) ( ( ( [MIN 4 ) 7 ) ] ) ) ] )", 9),
+        ("( ( ( [SM 9 ) 8 ) ] )", 7),
+        ("( ( ( [MED 0 ) 1 ) ] )", 0),
+    ]
+    for split in ("train", "test"):
+        lines = [f"{text} {mark}\t{value}" for mark in "()" for text, value in written for _ in range(8)]
+        (tmp_path / f"basic_{split}.tsv").write_text("\n".join(["Source\tTarget", *lines]) + "\n")
+    files = {f"{split}_file": tmp_path / f"basic_{split}.tsv" for split in ("train", "test")}
+    splits = load_splits(DataSettings(source="lra-listops", test_samples=9, **files), seed=0)
+    assert (splits.name, splits.task, splits.labels) == ("lra-listops", "classify", DIGIT_LABELS)
+    assert {e.text for e in splits.train} == {"[MAX 2 9 [MIN 4 7 ] ]", "[SM 9 8 ]", "[MED 0 1 ]"}
+    assert all(value_of(e.text) == int(str(e.label)) for e in splits.train)
+    assert len(splits.test) == 9
+
+
+def test_digits_alone_are_labels_of_expressions(tmp_path: Path) -> None:
+    """0 and 1 are digits here, and no sentiments."""
+    rows = [{"text": f"[MIN {n % 2} {n % 2} ]", "label": n % 2} for n in range(20)]
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = {f"{split}_file": tmp_path / f"{split}.jsonl" for split in ("train", "test")}
+    splits = load_splits(DataSettings(source="lra-listops", **files), seed=0)
+    assert splits.labels == DIGIT_LABELS
+    assert {e.label for e in splits.test} == {"0", "1"}
+    (tmp_path / "test.jsonl").write_text('{"text": "[MAX 9 9 ]", "label": "10"}\n')
+    with pytest.raises(HestError, match="labels other than 0 and 1") as caught:
+        load_splits(DataSettings(source="lra-listops", **files), seed=0)
+    assert caught.value.hint is not None
+    assert "or 0, 1" not in caught.value.hint
 
 
 def test_counts_that_are_not_set_have_a_default() -> None:

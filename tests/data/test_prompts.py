@@ -11,7 +11,7 @@ from toy_tokenizers import CHATML, LLAMA2, ZEPHYR, byte_tokenizer, leaky_tokeniz
 from transformers import PreTrainedTokenizerFast
 
 from hestctl.data.chat import chat_of
-from hestctl.data.examples import Example
+from hestctl.data.examples import Example, Task
 from hestctl.data.prompts import (
     encode,
     end_of_turn,
@@ -251,20 +251,35 @@ def test_a_dated_template_writes_the_same_prompt_every_day() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "said"),
+    ("source", "labels", "said"),
     [
-        (("negative", "positive"), "sentiment"),
-        (tuple("0123456789"), "modulo 10"),
-        (("sport", "war"), "Answer with one of: sport, war."),
+        ("lra-text", ("negative", "positive"), "sentiment"),
+        ("lra-listops", tuple("0123456789"), "modulo 10"),
+        ("own.csv", ("sport", "war"), "Answer with one of: sport, war."),
+        ("stars.csv", tuple("0123456789"), "Answer with one of: 0, 1,"),
+        ("spam.csv", ("0", "1"), "Answer with one of: 0, 1."),
     ],
 )
 def test_classes_are_asked_for_and_scored_as_answers(
-    chatml: PreTrainedTokenizerFast, labels: tuple[str, ...], said: str
+    chatml: PreTrainedTokenizerFast, source: str, labels: tuple[str, ...], said: str
 ) -> None:
     examples = [Example(label, "some text", label, label) for label in labels]
-    rows = encode(examples, chatml, SETTINGS, task="classify", labels=labels)
+    settings = SETTINGS.model_copy(update={"source": source})
+    rows = encode(examples, chatml, settings, task="classify", labels=labels)
     assert said in spelt(rows[0].prompt_ids, chatml)
     assert {row.label: row.answer_ids for row in rows} == label_answers(labels, chatml)
+
+
+@pytest.mark.parametrize("task", ["classify", "summarise"])
+def test_an_instruction_of_ones_own_takes_the_place_of_ours(
+    chatml: PreTrainedTokenizerFast, task: Task
+) -> None:
+    settings = SETTINGS.model_copy(update={"instruction": "Is this spam?"})
+    (row,) = encode(
+        [Example("x", "buy now", "yes", "yes")], chatml, settings, task=task, labels=("no", "yes")
+    )
+    assert "Is this spam?\n\nbuy now" in spelt(row.prompt_ids, chatml)
+    assert "one of" not in spelt(row.prompt_ids, chatml)
 
 
 def test_a_label_is_never_cut(chatml: PreTrainedTokenizerFast) -> None:

@@ -135,7 +135,7 @@ def test_without_a_meter_joules_are_none_with_the_reason(backbone, samples):
 
 def test_labels_are_told_apart_by_their_first_token():
     assert first_token_of_labels({"a": (5, 9), "b": (6, 9)}) == {5: "a", 6: "b"}
-    with pytest.raises(HestError, match="do not differ"):
+    with pytest.raises(HestError, match="'a' and 'b' begin with the same token"):
         first_token_of_labels({"a": (5, 1), "b": (5, 2)})
 
 

@@ -10,8 +10,9 @@ import torch
 from simulated_model import SimulatedModel, total
 from test_harden import fit_spread, table
 
-from hestctl.budget import resolve_budget
+from hestctl.budget import Emax, resolve_budget
 from hestctl.energy.meter import Meter
+from hestctl.energy.model import Terms
 from hestctl.energy.protocol import Unavailable
 from hestctl.errors import Exit, HestError
 from hestctl.generation.engine import Generator
@@ -329,6 +330,11 @@ def test_what_a_plan_refuses_is_refused_before_anything_is_generated(backbone, s
         with pytest.raises(HestError, match="not even one new token") as caught:
             evaluated(engine, [*rows, *samples(1, prompt=4000, seed=3)], labels=labels)
         assert caught.value.exit_code == Exit.OVER_BUDGET
+    assert "shorten prompts" in caught.value.hint
+    scarce = replace(plan, bills=tuple(replace(b, emax=Emax(Terms.zero(), Terms.zero())) for b in plan.bills))
+    with pytest.raises(HestError) as caught:
+        scarce.max_new_tokens_for([plan.bound[0] - 1] * 4, 2, 6)
+    assert f"hestctl harden --set budget.shortest={plan.bound[0] - 1}" in caught.value.hint
     other = Generator(backbone, tuner.spectral, plan)
     with pytest.raises(HestError, match="other states than the plan"):
         evaluated(other, rows)

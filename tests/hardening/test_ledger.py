@@ -68,6 +68,29 @@ def test_no_request_exceeds_its_budget(ratio, int8, uses_int8, beams, lengths, n
     assert (spent <= emax * (1 + 1e-12)).all()
 
 
+@pytest.mark.parametrize(("share", "ample"), [(1.0, True), (0.999, False)])
+def test_an_allowance_for_everything_pays_every_layer_whatever_its_pace(share, ample):
+    layers, rank, tariff = 3, 5, Tariff.from_costs((0.0, 0.4e-6, 1e-6), uses_int8=True)
+    allowance = torch.tensor([share * layers * rank * 1e-6], dtype=torch.float64)
+    income = incomes(allowance, torch.tensor([1e-4, 0.2, 0.8]), rank, tariff)
+    everything = (rank * tariff.full) << 20
+    assert bool((income == everything).all()) is ample
+    assert income.sum() <= layers * everything * share
+
+
+def test_purses_that_cannot_bind_are_not_kept_and_change_nothing():
+    costs = (0.0, 0.4e-6, 1e-6)
+    asked = torch.randint(0, 3, (1, 20, 5))
+    real = torch.ones(1, 20, dtype=torch.bool)
+    ample, _ = make(costs, 10 * 20 * 3 * 5 * costs[2], [20])
+    assert torch.equal(ample.allow(0, asked, real), asked)
+    assert not ample.seen_LQ.any()
+    tight, _ = make(costs, 0.3 * 20 * 3 * 5 * costs[2], [20])
+    ample.restart(tight)
+    assert torch.equal(ample.allow(0, asked, real), tight.allow(0, asked, real))
+    assert not torch.equal(ample.allow(1, asked, real), asked)
+
+
 def test_a_budget_for_everything_changes_nothing():
     costs = (0.0, 0.4e-6, 1e-6)
     ledger, _ = make(costs, 10 * 20 * 3 * 5 * costs[2], [20])

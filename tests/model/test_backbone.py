@@ -139,7 +139,7 @@ def test_fingerprint_follows_the_configuration(folder: Path) -> None:
 
 def test_checksums_are_taken_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(folder).fingerprint
-    monkeypatch.setattr(module.smollm2, "file_sha256", lambda path: pytest.fail(f"read {path} again"))
+    monkeypatch.setattr(module, "file_sha256", lambda path: pytest.fail(f"read {path} again"))
     assert load(folder).fingerprint == first
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from hestctl.durable import file_sha256
 from hestctl.errors import HestError
 from hestctl.model import backbone as module
 from hestctl.model import smollm2
@@ -242,7 +243,7 @@ def test_conversion_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     path = write_gguf(tmp_path / "small.gguf")
     monkeypatch.setenv("HESTCTL_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(smollm2, "GGUF_SHA256", smollm2.file_sha256(path))
+    monkeypatch.setattr(smollm2, "GGUF_SHA256", file_sha256(path))
     loaded = load_backbone(BackboneSettings(name=str(path), device="cpu"))
     reference = LlamaForCausalLM.from_pretrained(
         tmp_path, gguf_file=path.name, dtype=torch.float32, attn_implementation="sdpa"

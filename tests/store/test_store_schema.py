@@ -156,7 +156,7 @@ def refused(store: Store) -> HestError:
     for attempt in (
         lambda: recording(store, a_run("new-1")).__enter__(),
         lambda: list_runs(store),
-        lambda: connect([str(store.db)]),
+        lambda: connect([str(store.db)]).__enter__(),
     ):
         with pytest.raises(HestError) as caught:
             attempt()
