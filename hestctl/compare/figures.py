@@ -50,8 +50,8 @@ def draw(
 ) -> Drawn:
     """Write every figure that has data to ``out_dir`` as ``comparison_{topic}.png`` and return the files.
 
-    ``only`` chooses by that name, without suffix. The returned list has ``reasons``: the topics that drew nothing, and why. Raises HestError (usage) for a
-    theme or a format that there is not.
+    ``only`` chooses by that name, without suffix. The returned list has ``reasons``: the topics that drew
+    nothing, and why. Raises HestError (usage) for a theme or a format that there is not.
     """
     canvas = Canvas(connection, comparison, theme)
     topics = [

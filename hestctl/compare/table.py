@@ -25,11 +25,21 @@ from hestctl.compare.repeats import repeatability, repeats
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
 from hestctl.compare.statistics import Measure, absent
-from hestctl.compare.text import TextTable, as_rows, summary_lines
+from hestctl.compare.text import TextTable, as_rows, compared_lines, gap_tables, verdict_lines
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Run
 
-__all__ = ["Comparison", "TextTable", "as_json", "as_rows", "compare", "summary_lines", "write_csv"]
+__all__ = [
+    "Comparison",
+    "TextTable",
+    "as_json",
+    "as_rows",
+    "compare",
+    "compared_lines",
+    "gap_tables",
+    "verdict_lines",
+    "write_csv",
+]
 
 
 def compare(
