@@ -140,7 +140,7 @@ def test_tables_and_figures_speak_of_accuracy(reviews: Study) -> None:
     assert "labels scored (no tokens written)" in outcome.out
     names = {path.name for path in (reviews.folder / "figures").iterdir()}
     assert any("confusion" in name for name in names)
-    drawn = (reviews.folder / "figures" / "comparison_quality_energy.svg").read_text()
+    drawn = (reviews.folder / "figures" / "comparison_front.svg").read_text()
     assert "accuracy" in drawn
     assert "chance level" in drawn
     listed = run_cli(reviews.folder, "runs", "list")
