@@ -369,6 +369,23 @@ def of_run(resolved: Resolved, document: Mapping[str, Any]) -> Settings:
     return with_values(recorded, changes)
 
 
+def of_profile(name: str) -> Settings:
+    """The settings of a shipped profile alone, whatever flags and the environment say.
+
+    Raises HestError (usage) for an unknown profile.
+    """
+    table = _read_toml(_profile_path(name))
+    document: dict[str, Any] = {}
+    for room, field in Settings.model_fields.items():
+        own = table.get(room, {})
+        document[room] = (
+            {**field.default.model_dump(), **own}
+            if isinstance(field.default, BaseModel)
+            else own or field.default
+        )
+    return from_document(document)
+
+
 def profile_dir() -> Path:
     """The folder of the shipped profiles: inside the installed package, or beside it in a checkout."""
     inside = Path(__file__).with_name("profiles")

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hestctl.cli import options as o
+from hestctl.errors import Exit, HestError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
+
+    from hestctl.compare.text import TextTable
 
 
 def register(app: typer.Typer) -> None:
@@ -25,7 +28,10 @@ def compare(
         typer.Option("--db", help=r"A store, or a glob of them; repeatable. \[default: runs.duckdb]"),
     ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help=r"Where figures go. \[default: figures]")
+        Path | None,
+        typer.Option(
+            "--out", help=r"Where figures go. \[default: figures; with --report into the page alone]"
+        ),
     ] = None,
     margin: Annotated[
         float, typer.Option(help="Points of ROUGE-Lsum, or of accuracy, that still count as equal.")
@@ -35,24 +41,39 @@ def compare(
     formats: Annotated[str, typer.Option("--formats", help="png, pdf, svg; comma-separated.")] = "png",
     theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV to this file.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write all of it to this page (.html, self-contained), and as Markdown beside it."),
+    ] = None,
     search: Annotated[
         str | None,
         typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
+    runs: Annotated[
+        bool, typer.Option("--runs", help="A row for every run, not for every configuration; every pair.")
+    ] = False,
     json: o.JsonOption = False,
 ) -> None:
     """The gap at equal ROUGE (or accuracy), its verdicts and figures, from one or more stores.
 
     Only runs on the same device, backbone, data and generation settings are compared; others are set
-    apart with the reason. A gap in joules is given for measured energy alone.
+    apart with the reason. A gap in joules is given for measured energy alone. --report writes the whole
+    comparison, with figures, methods and provenance, to one page that can be sent to others.
     """
     from hestctl.cli import out
-    from hestctl.compare.table import as_json, as_rows, summary_lines, write_csv
+    from hestctl.compare.pages import check_folder, check_place
+    from hestctl.compare.table import as_json, as_rows, compared_lines, gap_tables, verdict_lines, write_csv
     from hestctl.compare.table import compare as work
     from hestctl.store.queries import connect
 
     stores = db or [str(o.resolve("quickstart", None).settings.db)]
+    if report is not None and search is not None:
+        raise HestError("--report is of a comparison, not of a search", "leave one out", Exit.USAGE)
+    if report is not None:
+        check_place(report)
+    if csv is not None:
+        check_folder(csv, "--csv")
     look: dict[str, Any] = {
         "theme": theme,
         "formats": tuple(part.strip() for part in formats.split(",")),
@@ -64,27 +85,58 @@ def compare(
         found = work(connection, margin=margin, methods=method, dataset=dataset)
         drawn: list[Path] = []
         reasons: dict[str, str] = {}
-        if figures:
+        folder = out_dir or (Path("figures") if report is None else None)
+        if figures and not json:
+            out.note("drawing figures")
+        if figures and folder is not None:
             from hestctl.compare.figures import draw
 
-            if not json:
-                out.note("drawing figures")
-            made = draw(connection, found, out_dir or Path("figures"), **look)
+            made = draw(connection, found, folder, **look)
             drawn, reasons = list(made), made.reasons
+        written: list[Path] = []
+        if report is not None:
+            from hestctl.compare.pages import make, write
+
+            asked = _asked(margin, method, dataset, report)
+            written = write(make(connection, found, asked, draw=figures, theme=look["theme"]), report)
     if csv is not None:
         write_csv(found, csv)
     if json:
-        out.document({**as_json(found), "figures": [str(path) for path in drawn]})
+        paths = {"figures": drawn, "report": written}
+        out.document({**as_json(found), **{name: [str(path) for path in of] for name, of in paths.items()}})
         return
-    for line in summary_lines(found):
+    for line in verdict_lines(found):
         out.text(line)
-    for table in as_rows(found):
-        out.text()
+    out.text()
+    _show_tables(gap_tables(found, every=runs))
+    for line in compared_lines(found):
+        out.text(line)
+    out.text()
+    _show_tables(as_rows(found, runs=runs))
+    if folder is not None:
+        _show_figures(drawn, reasons, folder)
+    for path in written:
+        out.text(f"report: {path}")
+
+
+def _asked(margin: float, methods: Sequence[str] | None, dataset: str | None, report: Path) -> list[str]:
+    """The options that bear on what is compared, as they would be typed again."""
+    words = ["--margin", f"{margin:g}"]
+    for method in methods or ():
+        words += ["--method", method]
+    if dataset is not None:
+        words += ["--dataset", dataset]
+    return [*words, "--report", report.name]
+
+
+def _show_tables(tables: Sequence[TextTable]) -> None:
+    from hestctl.cli import out
+
+    for table in tables:
         out.table(table.title, table.headers, table.rows)
         for line in table.notes:
             out.text(line)
-    out.text()
-    _show_figures(drawn, reasons, out_dir or Path("figures"))
+        out.text()
 
 
 def _show_figures(drawn: Sequence[Path], reasons: Mapping[str, str], folder: Path) -> None:

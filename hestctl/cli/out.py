@@ -80,6 +80,11 @@ def table(
     """
     console = _console(sys.stdout)
     _say(console, Text(title, style="bold"))
+    columns = list(zip(headers, *rows, strict=True))
+    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    if sum(widths) + 3 * len(widths) + 1 > console.width:
+        # In too narrow a terminal an interval stands below its value: it would be broken at its comma.
+        rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
     out = Table()
     for index, header in enumerate(headers):
         out.add_column(

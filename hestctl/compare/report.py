@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Repeat, Row
 from hestctl.compare.statistics import Measure
 from hestctl.records import EnergyKind
+from hestctl.store.files import write_whole
 
 _CSV_FIELDS: Final = (
     "run_id", "store", "label", "role", "method", "scope", "seed", "dtype", "created_at", "steps", "samples",
@@ -65,18 +67,19 @@ def write_csv(comparison: Comparison, path: Path) -> Path:
     headers = [*_CSV_FIELDS, "energy_kind", "energy_method", "scope_energy_kind"]
     for name in METRICS:
         headers += [name, f"{name}_low", f"{name}_high", f"{name}_not_measured"]
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(headers)
+    for row in comparison.rows:
+        cells: list[object] = [getattr(row, name) for name in _CSV_FIELDS]
+        cells += [comparison.energy_kind, row.energy_method, "predicted"]
+        for name in METRICS:
+            measure = row.measure(name)
+            reason = measure.reason if measure.value is None else None
+            cells += [_finite(measure.value), _finite(measure.low), _finite(measure.high), reason]
+        writer.writerow([_safe(cell) for cell in cells])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(headers)
-        for row in comparison.rows:
-            cells: list[object] = [getattr(row, name) for name in _CSV_FIELDS]
-            cells += [comparison.energy_kind, row.energy_method, "predicted"]
-            for name in METRICS:
-                measure = row.measure(name)
-                reason = measure.reason if measure.value is None else None
-                cells += [_finite(measure.value), _finite(measure.low), _finite(measure.high), reason]
-            writer.writerow([_safe(cell) for cell in cells])
+    write_whole(path, file.getvalue())
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
 from hestctl.compare.decisions import EnergyVerdict, QualityVerdict
@@ -229,6 +229,7 @@ class Comparison:
     """Runs that may be compared with one another, and what follows from them.
 
     ``facts`` is what all of them share (device, backbone, data, generation settings, meter).
+    ``equal_quality`` is each configuration's verdict beside ``best_baseline``, by its label.
     """
 
     task: Task
@@ -245,6 +246,7 @@ class Comparison:
     repeatability: Repeatability
     estimated_time_ratio: Measure
     conclusion: str
+    equal_quality: Mapping[str, QualityVerdict] = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
     set_apart: tuple[SetApart, ...] = ()
     expectations: tuple[Expectation, ...] = ()

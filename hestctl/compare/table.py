@@ -9,6 +9,7 @@ from typing import Literal
 import duckdb
 
 from hestctl.compare import expectations, measures, pairs
+from hestctl.compare.decisions import QualityVerdict
 from hestctl.compare.forced import read_forced
 from hestctl.compare.loading import (
     BASELINES,
@@ -24,11 +25,21 @@ from hestctl.compare.repeats import repeatability, repeats
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
 from hestctl.compare.statistics import Measure, absent
-from hestctl.compare.text import TextTable, as_rows, summary_lines
+from hestctl.compare.text import TextTable, as_rows, compared_lines, gap_tables, verdict_lines
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Run
 
-__all__ = ["Comparison", "TextTable", "as_json", "as_rows", "compare", "summary_lines", "write_csv"]
+__all__ = [
+    "Comparison",
+    "TextTable",
+    "as_json",
+    "as_rows",
+    "compare",
+    "compared_lines",
+    "gap_tables",
+    "verdict_lines",
+    "write_csv",
+]
 
 
 def compare(
@@ -92,6 +103,7 @@ def compare(
         repeatability=granted,
         estimated_time_ratio=_time_ratio(deciding, kind),
         conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap),
+        equal_quality=_equal_quality(made, baseline, compared, margin),
         repeats=found_repeats,
         set_apart=(*others, *(_superseded(older.run, newer.run) for older, newer in superseded), *apart),
         expectations=expectations.lines(
@@ -193,6 +205,20 @@ def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
     return [
         entry for entry in side if entry is best or pairs.quality(entry, best, margin).verdict != "inferior"
     ]
+
+
+def _equal_quality(
+    made: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair], margin: float
+) -> dict[str, QualityVerdict]:
+    """Whether each configuration is not inferior to ``baseline``, which is equal to itself."""
+    if baseline is None:
+        return {}
+    found: dict[str, QualityVerdict] = {baseline.label: "not inferior"}
+    for entry in made:
+        if entry is not baseline:
+            pair = _pair_of(compared, entry, baseline)
+            found[entry.label] = pair.quality if pair else pairs.quality(entry, baseline, margin).verdict
+    return found
 
 
 def _cheapest(side: Sequence[Entry]) -> Entry | None:

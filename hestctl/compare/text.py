@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from hestctl.compare.configurations import Configuration, configurations
 from hestctl.compare.decisions import ENERGY_WORDS
-from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair
+from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
 from hestctl.compare.statistics import Measure
 
 NOT_MEASURED: Final = "not measured"
+RIVALS: Final = ("baseline", "control", "ablation", "proposed", "base")
+"""Roles in the order in which the best configuration is set against them."""
+_SENTENCES: Final = 6
+"""Up to so many pairs each has its sentence below the table."""
+_LABEL_WIDTH: Final = 16
+"""Columns of a label in a terminal; longer ones go on in the next line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,7 @@ class TextTable:
 
 
 @dataclass(slots=True)
-class _Footnotes:
+class Footnotes:
     """Letters for reasons: one reason, one letter a table."""
 
     reasons: list[str] = field(default_factory=list)
@@ -34,8 +42,10 @@ class _Footnotes:
         return self.missing(measure.reason, word) if measure.value is None else show(measure)
 
     def narrow(self, measure: Measure, show: Callable[[Measure], str]) -> str:
-        """A cell for a column of bare numbers: broken over lines where there is none."""
-        return self.missing(measure.reason).replace(" ", "\n") if measure.value is None else show(measure)
+        """A cell for a column of bare numbers: the letter alone where there is none."""
+        if measure.value is not None:
+            return show(measure)
+        return self.missing(measure.reason).removeprefix(NOT_MEASURED).strip()
 
     def missing(self, reason: str | None, word: str = NOT_MEASURED) -> str:
         return self.refer(word, f"{word}: {reason or 'no reason was recorded'}")
@@ -81,15 +91,10 @@ def percent_with_interval(measure: Measure) -> str:
     return f"{measure.value or 0.0:.1f} [{measure.low:.1f}, {measure.high:.1f}]"
 
 
-def summary_lines(comparison: Comparison) -> list[str]:
-    """What is compared, on what, and what follows: a few lines above the tables."""
-    facts = comparison.facts
+def verdict_lines(comparison: Comparison) -> list[str]:
+    """What follows from the comparison: the verdict first, then both gaps."""
     lines = [
-        f"{facts['backbone']} ({facts['weights']} weights, {facts['dtype']}) on {facts['dataset']}, "
-        f"{facts['split']} split",
-        f"{facts['device']}; {_work(comparison)}, engine {facts['engine']}",
-        f"joules per sample are {comparison.energy_word} ({facts['meter']}); "
-        "joules of the budget are predicted from the energy table",
+        comparison.conclusion,
         _gap_line("gap to the best baseline", comparison.best_baseline, comparison.gap.percent),
         _gap_line("gap to the best control", comparison.best_control, comparison.gap_vs_controls.percent),
     ]
@@ -100,7 +105,19 @@ def summary_lines(comparison: Comparison) -> list[str]:
     deciding = _deciding(comparison)
     if deciding is not None:
         lines.append(f"{deciding.proposed} against {deciding.other} {deciding.at_equal_length}")
-    return [*lines, comparison.conclusion]
+    return lines
+
+
+def compared_lines(comparison: Comparison) -> list[str]:
+    """What all the runs share: model, data, device, generation, meter."""
+    facts = comparison.facts
+    return [
+        f"{facts['backbone']} ({facts['weights']} weights, {facts['dtype']}) on {facts['dataset']}, "
+        f"{facts['split']} split",
+        f"{facts['device']}; {_work(comparison)}, engine {facts['engine']}",
+        f"joules per sample are {comparison.energy_word} ({facts['meter']}); "
+        "joules of the budget are predicted from the energy table",
+    ]
 
 
 def _work(comparison: Comparison) -> str:
@@ -112,11 +129,38 @@ def _work(comparison: Comparison) -> str:
     return f"beams {facts['beams']}, batch {facts['batch size']}, {most}"
 
 
-def as_rows(comparison: Comparison) -> list[TextTable]:
-    """The tables of the terminal, each at most 100 columns wide when long cells may wrap."""
-    tables = [_quality_table(comparison), _energy_table(comparison), _budget_table(comparison)]
+def gap_tables(comparison: Comparison, *, every: bool = False) -> list[TextTable]:
+    """The gap at equal quality: the best proposed configuration against every other, then the other
+    proposed ones against the best baseline and the best control (``every``: against all)."""
+    best = comparison.best_proposed
+    if best is None:
+        return [_pair_table(comparison, comparison.pairs, None)] if comparison.pairs else []
+    first = sorted(
+        (pair for pair in comparison.pairs if pair.proposed == best.label),
+        key=lambda pair: RIVALS.index(pair.other_role),
+    )
+    others = [pair for pair in comparison.pairs if pair.proposed != best.label]
+    rivals = [one.label for one in (comparison.best_baseline, comparison.best_control) if one is not None]
+    shown = [pair for pair in others if every or pair.other in rivals]
+    tables = [_pair_table(comparison, first, best)] if first else []
+    if shown:
+        tables.append(_pair_table(comparison, shown, None, left_out=len(others) - len(shown)))
+    return tables
+
+
+def as_rows(comparison: Comparison, *, runs: bool = False) -> list[TextTable]:
+    """The other tables of the terminal; each fits 80 columns where intervals stand below their values.
+
+    One row a configuration, its seeds joined, or one a run.
+    """
+    lines: Sequence[Row | Configuration] = comparison.rows if runs else configurations(comparison.rows)
+    tables = [
+        _quality_table(comparison, lines),
+        _energy_table(comparison, lines),
+        _latency_table(lines),
+        _budget_table(comparison, lines),
+    ]
     if comparison.pairs:
-        tables.append(_pair_table(comparison))
         tables.append(_repeat_table(comparison))
     if comparison.expectations:
         tables.append(_expectation_table(comparison))
@@ -133,99 +177,136 @@ def _deciding(comparison: Comparison) -> Pair | None:
     return next((pair for pair in comparison.pairs if (pair.proposed, pair.other) == names), None)
 
 
-def _quality_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+def _label(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _LABEL_WIDTH))
+
+
+def _naming(lines: Sequence[Row | Configuration]) -> str:
+    return "configuration" if isinstance(lines[0], Configuration) else "run"
+
+
+def _quality_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
+    notes = Footnotes()
     metric = METRICS[comparison.quality_metric]
     if comparison.task == "classification":
         others: tuple[tuple[str, str], ...] = (("chance %", "chance_percent"),)
     else:
-        others = (("R-L", "rouge_l"), ("R-1", "rouge1"), ("R-2", "rouge2"), ("answer NLL", "answer_nll_nats"))
-    headers = ("run", "samples", f"{metric.title} {metric.unit} [95 %]", *(title for title, _ in others))
+        others = (
+            ("R-L", "rouge_l"),
+            ("R-1", "rouge1"),
+            ("R-2", "rouge2"),
+            ("answer\nNLL", "answer_nll_nats"),
+        )
+    headers = (
+        _naming(lines),
+        "seeds" if isinstance(lines[0], Configuration) else "samples",
+        f"{metric.title}\n{metric.unit}\n[95 %]",
+        *(title for title, _ in others),
+    )
     rows = tuple(
         (
-            row.label,
-            str(row.samples),
-            notes.cell(row.measure(comparison.quality_metric), with_interval),
-            *(notes.cell(row.measure(name), _bare) for _, name in others),
+            _label(line.label),
+            str(line.seeds if isinstance(line, Configuration) else line.samples),
+            notes.cell(line.measure(comparison.quality_metric), with_interval),
+            *(notes.narrow(line.measure(name), _bare) for _, name in others),
         )
-        for row in comparison.rows
+        for line in lines
     )
-    remarks = tuple(f"{row.label}: {note}" for row in comparison.rows for note in row.notes)
+    remarks = []
+    if any(isinstance(line, Configuration) and line.seeds > 1 for line in lines):
+        remarks.append("several seeds: means with intervals over the seeds; one seed: intervals over samples")
+    remarks += [f"{line.label}: {note}" for line in lines for note in line.notes]
     return TextTable("Quality", headers, rows, (*notes.lines(), *remarks))
 
 
-def _energy_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+def _energy_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
+    notes = Footnotes()
+    word = comparison.energy_word
     headers = (
-        "run",
-        f"J/sample\n{comparison.energy_word} [95 %]",
+        _naming(lines),
+        f"J/sample\n{word}\n[95 %]",
+        f"net of idle\nJ/sample\n{word}",
         "new\ntokens",
-        f"J/token\n{comparison.energy_word}",
-        "p50 s",
-        "p99 s [95 %]",
-        "tokens/s",
+        f"J/token\n{word}",
     )
     rows = tuple(
         (
-            row.label,
-            notes.cell(row.measure(PRIMARY), with_interval),
-            notes.narrow(row.measure("new_tokens_per_sample"), _bare),
-            notes.narrow(row.measure("energy_j_per_new_token"), _bare),
-            notes.narrow(row.measure("latency_p50_s"), _bare),
-            notes.cell(row.measure("latency_p99_s"), with_interval),
-            notes.narrow(row.measure("tokens_per_s"), _bare),
+            _label(line.label),
+            notes.cell(line.measure(PRIMARY), with_interval),
+            notes.narrow(line.measure("energy_net_j_per_sample"), _bare),
+            notes.narrow(line.measure("new_tokens_per_sample"), _bare),
+            notes.narrow(line.measure("energy_j_per_new_token"), _bare),
         )
-        for row in comparison.rows
+        for line in lines
     )
-    remark = ("open: the data end before the interval does",) if any("open" in row[5] for row in rows) else ()
-    return TextTable("Energy and latency", headers, rows, (*notes.lines(), *remark))
+    return TextTable("Energy", headers, rows, notes.lines())
 
 
-def _budget_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+def _latency_table(lines: Sequence[Row | Configuration]) -> TextTable:
+    notes = Footnotes()
+    headers = (_naming(lines), "p50 s", "p99 s\n[95 %]", "tokens/s")
+    rows = tuple(
+        (
+            _label(line.label),
+            notes.narrow(line.measure("latency_p50_s"), _bare),
+            notes.cell(line.measure("latency_p99_s"), with_interval),
+            notes.narrow(line.measure("tokens_per_s"), _bare),
+        )
+        for line in lines
+    )
+    remark = ("open: the data end before the interval does",) if any("open" in row[2] for row in rows) else ()
+    return TextTable("Latency", headers, rows, (*notes.lines(), *remark))
+
+
+def _budget_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
+    notes = Footnotes()
+    scopes = list(dict.fromkeys(line.scope for line in lines if line.scope))
     headers = (
-        "run",
-        "scope",
+        _naming(lines),
+        *(("scope",) if len(scopes) > 1 else ()),
         "J/sample\nin scope,\npredicted",
-        "mean %\nof E_max",
-        "worst %\nof E_max",
-        "over\nE_max %",
+        "mean\n% of\nE_max",
+        "worst\n% of\nE_max",
+        "over\nE_max\n%",
         f"training\nJ\n{comparison.energy_word}",
         "controller\nparameters",
     )
     rows = tuple(
         (
-            row.label,
-            row.scope or "none",
-            notes.narrow(row.measure("scope_energy_j_per_sample"), _bare),
-            notes.narrow(row.measure("emax_use_percent"), _bare),
-            notes.narrow(row.measure("emax_use_worst_percent"), _bare),
-            notes.narrow(row.measure("over_budget_percent"), _bare),
-            notes.narrow(row.measure("train_energy_j"), _bare),
-            notes.narrow(row.measure("controller_parameters"), lambda measure: f"{measure.value or 0:,.0f}"),
+            _label(line.label),
+            *((line.scope or "none",) if len(scopes) > 1 else ()),
+            notes.narrow(line.measure("scope_energy_j_per_sample"), _bare),
+            notes.narrow(line.measure("emax_use_percent"), _bare),
+            notes.narrow(line.measure("emax_use_worst_percent"), _bare),
+            notes.narrow(line.measure("over_budget_percent"), _bare),
+            notes.narrow(line.measure("train_energy_j"), _bare),
+            notes.narrow(line.measure("controller_parameters"), whole),
         )
-        for row in comparison.rows
+        for line in lines
     )
-    return TextTable("Budget and cost", headers, rows, notes.lines())
+    title = f"Budget (scope {scopes[0]}) and cost" if len(scopes) == 1 else "Budget and cost"
+    return TextTable(title, headers, rows, notes.lines())
 
 
-def _pair_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+def _pair_table(
+    comparison: Comparison, pairs: Sequence[Pair], best: Best | None, left_out: int = 0
+) -> TextTable:
+    """Pairs of one proposed configuration, ``best``, which the title then names, or of several."""
+    notes = Footnotes()
     measured = comparison.energy_kind == "measured"
     headers: tuple[str, ...] = (
-        "pair",
-        "gap %\n[95 %]",
-        "by\nlength",
-        "by\ntoken",
+        "against" if best else "pair",
+        *(
+            ("gap %\n[95 %]", "by length\nby token")
+            if measured
+            else ("gap %", "estimated time\nratio [95 %]")
+        ),
         "quality\npoints",
-        "repaid after\nsamples",
         "verdict",
     )
-    if not measured:
-        headers = ("pair", "gap %", "estimated time\nratio [95 %]", "quality\npoints", "verdict")
     rows: list[tuple[str, ...]] = []
-    for pair in comparison.pairs:
-        name = f"{pair.proposed} :\n{pair.other}"
+    for pair in pairs:
+        name = _label(pair.other) if best else f"{_label(pair.proposed)} :\n{_label(pair.other)}"
         difference = pair.quality_difference.value
         points = (
             notes.missing(pair.quality_difference.reason)
@@ -233,29 +314,45 @@ def _pair_table(comparison: Comparison) -> TextTable:
             else f"{difference:+.2f}\n{pair.quality}"
         )
         gap = notes.cell(pair.gap_percent, percent_with_interval, "no gap").replace(" [", "\n[")
-        if not measured:
-            rows.append((name, gap, notes.cell(pair.time_ratio, with_interval), points, pair.verdict))
-            continue
-        parts = [
-            "" if part is None else f"{part:+.1f}"
-            for part in (pair.length_part_percent, pair.token_part_percent)
-        ]
-        repaid = notes.cell(pair.break_even_samples, lambda one: f"{one.value or 0:,.0f}", "none")
-        rows.append((name, gap, *parts, points, repaid, pair.verdict))
-    best = comparison.best_proposed
-    # One sentence for every pair would be a wall: the table has every verdict, --json every reason.
-    reasons = tuple(
-        f"{pair.proposed} : {pair.other}: {pair.why}"
-        for pair in comparison.pairs
-        if best is None or pair.proposed == best.label
+        beside = notes.cell(pair.time_ratio, with_interval)
+        if measured:
+            parts = (pair.length_part_percent, pair.token_part_percent)
+            beside = "\n".join(f"{part:+.1f}" for part in parts if part is not None)
+        rows.append((name, gap, beside, points, pair.verdict))
+    title = "Gap at equal quality"
+    if best is not None:
+        title += f": {best.label} against the others"
+    elif comparison.best_proposed is not None:
+        title += ": further pairs"
+    remarks = _pair_remarks(pairs) if best else ()
+    if left_out:
+        remarks += (f"{left_out} more pairs, against the other configurations: --runs shows them",)
+    return TextTable(title, headers, tuple(rows), (*notes.lines(), *remarks))
+
+
+def _pair_remarks(pairs: Sequence[Pair]) -> tuple[str, ...]:
+    repaid = [
+        f"{pair.other} {whole(pair.break_even_samples)}"
+        for pair in pairs
+        if pair.break_even_samples.value is not None
+    ]
+    reasons = [(pair, f"{pair.proposed} : {pair.other}: {pair.why}") for pair in pairs]
+    remarks = list(dict.fromkeys(note for pair in pairs for note in pair.notes))
+    if len(pairs) > _SENTENCES:
+        # One sentence for every pair would be a wall: those that show no saving say why.
+        saving = "less energy at equal quality"
+        reasons = [(pair, line) for pair, line in reasons if pair.verdict != saving]
+        remarks = ["--json and --report say why for every pair"]
+    return (
+        *((f"training joules are repaid after so many samples: {', '.join(repaid)}",) if repaid else ()),
+        *(line for _, line in reasons),
+        *remarks,
     )
-    remarks = tuple(dict.fromkeys(note for pair in comparison.pairs for note in pair.notes))
-    return TextTable("Pairs", headers, tuple(rows), (*notes.lines(), *reasons, *remarks))
 
 
 def _repeat_table(comparison: Comparison) -> TextTable:
     """What the comparison calls a difference where there is none."""
-    notes = _Footnotes()
+    notes = Footnotes()
     rows = tuple(
         (
             f"{repeat.label},\n{repeat.kind}",
@@ -272,13 +369,13 @@ def _repeat_table(comparison: Comparison) -> TextTable:
 
 
 def _expectation_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+    notes = Footnotes()
     rows = tuple((line.text, notes.refer(line.outcome, line.reason)) for line in comparison.expectations)
     return TextTable("The original's expectations", ("expected of HEST", "outcome"), rows, notes.lines())
 
 
 def _apart_table(comparison: Comparison) -> TextTable:
-    notes = _Footnotes()
+    notes = Footnotes()
     rows = tuple((one.run_id, one.label, notes.refer(one.kind, one.reason)) for one in comparison.set_apart)
     return TextTable("Set apart", ("run id", "run", "kept out as"), rows, notes.lines())
 
@@ -287,6 +384,11 @@ def _gap_line(name: str, other: Best | None, gap: Measure) -> str:
     if gap.value is None:
         return f"{name}: none ({gap.reason})"
     return f"{name} ({other.label if other else ''}): {percent_with_interval(gap)} % fewer joules per sample"
+
+
+def whole(measure: Measure) -> str:
+    """A count, with thousands grouped."""
+    return f"{measure.value or 0.0:,.0f}"
 
 
 def _bare(measure: Measure) -> str:

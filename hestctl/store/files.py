@@ -48,9 +48,12 @@ def ensure_space(path: Path, needed_bytes: int) -> None:
         )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Put ``text`` at ``path`` at once and durably; raises HestError and keeps the old file if it cannot."""
-    data = text.encode()
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Put ``content`` at ``path`` at once and durably; raises HestError and keeps the old file if it cannot.
+
+    Of a text, a lone surrogate becomes a question mark: it has no encoding.
+    """
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with aside.open("wb") as file:

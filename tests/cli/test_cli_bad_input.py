@@ -268,7 +268,7 @@ def test_a_run_with_nothing_to_harden(tmp_path: Path) -> None:
         (("--method", "hst", "--no-figures"), Exit.USAGE, ("hest on embedded",)),
         (("--margin", "-1", "--no-figures"), Exit.USAGE, ("margin",)),
         (("--db", "nowhere*.duckdb"), Exit.USAGE, ("nowhere*.duckdb", "runs.duckdb")),
-        (("--csv", "/proc/nowhere/rows.csv", "--no-figures"), Exit.FAILED, ("/proc/nowhere",)),
+        (("--csv", "/proc/nowhere/rows.csv", "--no-figures"), Exit.USAGE, ("/proc/nowhere",)),
     ],
 )
 def test_comparisons_that_cannot_be(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,15 @@ import pytest
 from simulated_runs import a_run, add, classified, empty_store, generated, study
 
 from hestctl.compare.results import METRICS, Comparison, Pair
-from hestctl.compare.table import as_json, as_rows, compare, summary_lines
+from hestctl.compare.table import (
+    TextTable,
+    as_json,
+    as_rows,
+    compare,
+    compared_lines,
+    gap_tables,
+    verdict_lines,
+)
 from hestctl.errors import HestError
 from hestctl.records import Run, Window
 
@@ -30,12 +39,19 @@ def pair_of(comparison: Comparison, other: str = "tabs", proposed: str | None = 
     return next(one for one in comparison.pairs if one.other == other and proposed in (None, one.proposed))
 
 
+def every_table(comparison: Comparison, runs: bool = False) -> list[TextTable]:
+    return [*gap_tables(comparison, every=runs), *as_rows(comparison, runs=runs)]
+
+
+def table_of(comparison: Comparison, title: str, runs: bool = False) -> TextTable:
+    return next(table for table in every_table(comparison, runs) if table.title.startswith(title))
+
+
 def every_text(comparison: Comparison) -> str:
-    tables = as_rows(comparison)
+    tables = every_table(comparison)
     cells = [cell for table in tables for row in table.rows for cell in row]
-    return "\n".join(
-        [*summary_lines(comparison), *cells, *(note for table in tables for note in table.notes)]
-    )
+    lines = [*verdict_lines(comparison), *compared_lines(comparison)]
+    return "\n".join([*lines, *cells, *(note for table in tables for note in table.notes)])
 
 
 # Verdicts on planted effects
@@ -341,7 +357,7 @@ def test_estimated_energy_gives_a_time_ratio_and_no_gap() -> None:
     assert document["energy_kind"] == "estimated"
     text = every_text(found)
     assert "estimated time ratio" in text
-    assert "J/sample\nestimated" in as_rows(found)[1].headers[1]
+    assert "J/sample\nestimated" in table_of(found, "Energy").headers[1]
 
 
 def test_no_meter_means_no_joules_and_a_reason() -> None:
@@ -405,12 +421,11 @@ def test_classification_shows_accuracy_beside_chance() -> None:
     assert accuracy.low < 85 < accuracy.high
     assert found.rows[0].measure("chance_percent").value == pytest.approx(50, abs=6)
     assert pair_of(found).quality == "not inferior"
-    quality = as_rows(found)[0]
-    assert "chance %" in quality.headers
+    assert "chance %" in table_of(found, "Quality").headers
     assert found.rows[0].measure("energy_j_per_new_token").value is None
     assert "chance level" in pair_of(found).quality_reason
     assert "no token was written" in pair_of(found).at_equal_length
-    assert "labels scored (no tokens written), batch 4" in summary_lines(found)[1]
+    assert "labels scored (no tokens written), batch 4" in compared_lines(found)[1]
     told = outcomes(found)
     outcome, reason = told["the same accuracy as TABS"]
     assert outcome == "confirmed"
@@ -526,25 +541,76 @@ def test_an_open_interval_is_null_in_json(whole: Comparison) -> None:
     assert any(tail["value"] is not None and tail["high"] is None for tail in tails)
 
 
-def test_every_empty_cell_says_not_measured_and_why(whole: Comparison) -> None:
-    for table in as_rows(whole):
+@pytest.mark.parametrize("runs", [False, True])
+def test_every_empty_cell_says_not_measured_and_why(whole: Comparison, runs: bool) -> None:
+    letters = 0
+    for table in every_table(whole, runs):
         assert all(len(row) == len(table.headers) for row in table.rows)
         text = "\n".join(table.notes)
         for cell in (cell.replace("\n", " ") for row in table.rows for cell in row):
             if cell.startswith("not measured"):
                 assert f"{cell.removeprefix('not measured ')} " in text
+            elif re.fullmatch(r"\(\w+\)", cell):
+                letters += 1
+                assert f"{cell} not measured: " in text
+    assert letters > 10
     assert "nan" not in every_text(whole).lower().split()
 
 
-def test_the_tables_fit_a_hundred_columns(whole: Comparison) -> None:
-    for table in as_rows(whole):
+@pytest.mark.parametrize("runs", [False, True])
+def test_the_tables_fit_eighty_columns(whole: Comparison, runs: bool) -> None:
+    for table in every_table(whole, runs):
+        # As the terminal breaks them there: intervals below their values.
+        broken = [[cell.replace(" [", "\n[") for cell in row] for row in table.rows]
         widths = [
             max(len(line) for cell in column for line in cell.split("\n"))
-            for column in zip(table.headers, *table.rows, strict=True)
+            for column in zip(table.headers, *broken, strict=True)
         ]
-        if table.title == "Pairs":
-            widths[-1] = 18  # a verdict wraps between its words
-        assert sum(widths) + 3 * len(widths) + 1 <= 100, table.title
+        if "quality" in table.title:
+            widths[-1] = 14  # a verdict wraps between its words
+        if "expectations" in table.title:
+            widths[-1] = 12
+        assert sum(widths) + 3 * len(widths) + 1 <= 80, table.title
+
+
+def test_the_gap_table_has_the_best_first_against_baselines_then_controls_then_ablations() -> None:
+    control = a_run("lora", 9, settings={"backbone": {"precision": "int8"}})
+    found = compare(
+        store_of(
+            (a_run("tabs", 1), {"joules": 60}),
+            (a_run("lora", 2), {"joules": 58}),
+            (control, {"joules": 50}),
+            (a_run("hest", 3), {"joules": 40}),
+            (a_run("hest", 4, emax_ratio=0.9), {"joules": 47}),
+            (a_run("hest", 5, dual="none"), {"joules": 45}),
+        )
+    )
+    first, further = gap_tables(found)
+    assert first.title == "Gap at equal quality: hest 0.6 against the others"
+    assert [row[0] for row in first.rows] == ["tabs", "lora", "lora int8\ncontrol", "hest no dual"]
+    assert [row[0] for row in further.rows] == ["hest 0.9 :\nlora", "hest 0.9 :\nlora int8\ncontrol"]
+    assert "2 more pairs" in further.notes[-1]
+    every = gap_tables(found, every=True)[1]
+    assert len(every.rows) == 4
+    assert not any("more pairs" in note for note in every.notes)
+
+
+def test_seeds_are_one_row_of_their_means_and_a_row_each_on_demand() -> None:
+    found = compare(
+        store_of(
+            (a_run("tabs", 1), {"joules": 60}),
+            *((a_run("hest", 2 + seed, seed=seed), {"joules": 38 + 2 * seed}) for seed in range(3)),
+        )
+    )
+    joined = table_of(found, "Energy")
+    assert [row[0] for row in joined.rows] == ["hest 0.6", "tabs"]
+    assert table_of(found, "Quality").rows[0][:2] == ("hest 0.6", "3")
+    means = [row.measure("energy_j_per_sample").value for row in found.rows[:3]]
+    assert joined.rows[0][1].startswith(f"{sum(means) / 3:.1f} [")
+    assert [row[0] for row in table_of(found, "Energy", runs=True).rows][:2] == [
+        "hest 0.6 seed 0",
+        "hest 0.6 seed 1",
+    ]
 
 
 def test_run_of_two_stores_counts_once() -> None:

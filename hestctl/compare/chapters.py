@@ -1,0 +1,278 @@
+"""The findings of a comparison as sections of a report: what was compared, gaps, rows, expectations, A/A."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.decisions import ENERGY_WORDS
+from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
+from hestctl.compare.glossary import GAP_COLUMNS
+from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
+from hestctl.compare.statistics import Measure
+from hestctl.compare.text import (
+    RIVALS,
+    Footnotes,
+    number,
+    percent_with_interval,
+    verdict_lines,
+    whole,
+    with_interval,
+)
+
+_WHOLE = ("controller_parameters", "adapter_parameters")
+
+
+def compared(comparison: Comparison) -> Section:
+    """Device, model, data, generation and meter that all runs share, and how much of it there is."""
+    every = configurations(comparison.rows)
+    samples = sorted({row.samples for row in comparison.rows})
+    seeds = sorted({row.seed for row in comparison.rows if row.seed is not None})
+    told = dict(comparison.facts)
+    if comparison.task == "classification":
+        # Labels are scored: how tokens would have been written says nothing of these runs.
+        told = {name: value for name, value in told.items() if name not in ("beams", "new tokens at most")}
+        told["answers"] = "labels scored, no tokens written"
+    facts = [
+        *told.items(),
+        (
+            "samples a run (n)",
+            " to ".join(f"{count:,}" for count in dict.fromkeys((samples[0], samples[-1]))),
+        ),
+        ("configurations", str(len(every))),
+        ("runs", str(len(comparison.rows))),
+        ("seeds", ", ".join(map(str, seeds)) or "not recorded"),
+        ("margin of equal quality", f"{comparison.margin_points:g} of 100 points of {_score(comparison)}"),
+    ]
+    rows = tuple((name, value) for name, value in facts)
+    return Section("What was compared", (Grid(("what", "all runs alike"), rows, left=2),))
+
+
+def gaps(comparison: Comparison) -> Section:
+    """Every proposed configuration against every other: the gap in one view, then all that belongs to it."""
+    lines = Bullets(tuple(verdict_lines(comparison)[1:]))
+    if not comparison.pairs:
+        return Section("Gap at equal quality", (lines, Paragraph("There is no pair to compare.")))
+    best = comparison.best_proposed.label if comparison.best_proposed else ""
+    order = sorted(dict.fromkeys(pair.proposed for pair in comparison.pairs), key=lambda name: name != best)
+    pairs = sorted(
+        comparison.pairs, key=lambda pair: (order.index(pair.proposed), RIVALS.index(pair.other_role))
+    )
+    reasons = Bullets(tuple(f"{pair.proposed} against {pair.other}: {pair.why}" for pair in pairs))
+    notes = Bullets(tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
+    return Section(
+        "Gap at equal quality",
+        (
+            lines,
+            *_matrix(comparison, pairs),
+            _gap_grid(comparison, pairs),
+            Fold("Why each verdict", (reasons,)),
+            *((Fold("What else bears on these pairs", (notes,)),) if notes.items else ()),
+        ),
+    )
+
+
+def rows(comparison: Comparison) -> Section:
+    """One line a configuration with every measure, and the single runs on demand."""
+    every = configurations(comparison.rows)
+    joined = _measures_grid(
+        comparison,
+        every,
+        ("configuration", "role", "seeds", "samples"),
+        lambda one: (one.label, one.role, str(one.seeds), str(one.samples)),
+    )
+    single = _measures_grid(
+        comparison,
+        comparison.rows,
+        ("run", "configuration", "seed", "samples"),
+        lambda row: (row.run_id, row.config_label, str(row.seed), str(row.samples)),
+    )
+    remarks = tuple(f"{one.label}: {note}" for one in every for note in one.notes)
+    told = (
+        "A configuration with several seeds shows the mean over its runs with a t interval over the seeds, "
+        "which speaks of other trainings on these samples; one with a single seed shows the interval over "
+        "its samples, which says nothing about another training. Of the worst sample the largest of the "
+        "seeds counts."
+    )
+    return Section(
+        "Configurations",
+        (
+            Paragraph(told),
+            joined,
+            *((Bullets(remarks),) if remarks else ()),
+            Fold(f"The {len(comparison.rows)} single runs", (single,)),
+        ),
+    )
+
+
+def expectations(comparison: Comparison) -> Section:
+    """What the original sketch expected of HEST, line by line."""
+    lines = tuple((line.text, line.outcome, line.reason) for line in comparison.expectations)
+    blocks = (Grid(("expected of HEST", "outcome", "why"), lines, left=3),) if lines else ()
+    return Section("The original's expectations", blocks or (Paragraph("None applies."),))
+
+
+def repeats(comparison: Comparison, meter_check: Mapping[str, Any]) -> Section:
+    """What differs where nothing does: how large a difference must be to count."""
+    ratio, error = meter_check.get("aa_ratio"), meter_check.get("aa_error")
+    if ratio is None:
+        why = (meter_check.get("missing") or {}).get(
+            "aa_ratio", "no calibration of this device is in the store"
+        )
+        same_work = f"The same work twice under the meter: not measured ({why})."
+    else:
+        bound = "no bound" if error is None else f"the meter's bound is {100 * error:.2g} %"
+        same_work = f"The same work twice under the meter differed by {100 * (ratio - 1):+.2g} % ({bound})."
+    granted = f"Granted to two runs of one model: {comparison.repeatability.reason}."
+    lines = tuple(
+        (
+            f"{repeat.label}, {repeat.kind}",
+            with_interval(repeat.ratio),
+            ENERGY_WORDS[repeat.energy],
+            with_interval(repeat.quality_difference),
+            repeat.quality,
+        )
+        for repeat in comparison.repeats
+    )
+    headers = (
+        "one model twice",
+        "ratio of joules [95 %]",
+        "called",
+        f"{_score(comparison)} [95 %]",
+        "called",
+    )
+    table = (Grid(headers, lines),) if lines else ()
+    return Section("A/A control", (*table, Bullets((same_work, granted))))
+
+
+def figures(pictures: Sequence[Picture], reasons: Mapping[str, str], drawn: bool) -> Section:
+    """The figures, and those that had nothing to draw."""
+    if not drawn:
+        return Section("Figures", (Paragraph("None were asked for (--no-figures)."),))
+    lacking = tuple(f"{topic}: not drawn ({reason})" for topic, reason in reasons.items())
+    return Section("Figures", (*pictures, *((Bullets(lacking),) if lacking else ())))
+
+
+def _score(comparison: Comparison) -> str:
+    return METRICS[comparison.quality_metric].title
+
+
+def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
+    """Gaps alone: proposed configurations down, baselines and then controls across."""
+    others = [pair for pair in pairs if pair.other_role in ("baseline", "control")]
+    across = list(dict.fromkeys((pair.other, pair.other_role) for pair in others))
+    if len(across) < 2:
+        return ()
+    notes = Footnotes()
+    gap = {(pair.proposed, pair.other): pair.gap_percent for pair in others}
+    lines = []
+    for proposed in dict.fromkeys(pair.proposed for pair in others):
+        cells = [notes.cell(gap[proposed, other], percent_with_interval, "no gap") for other, _ in across]
+        lines.append((proposed, *cells))
+    return (
+        Grid(
+            ("configuration", *(f"{other} ({role})" for other, role in across)),
+            tuple(lines),
+            notes.lines(),
+            title=f"Percent fewer joules per sample, {comparison.energy_word} [95 %]",
+        ),
+    )
+
+
+def _gap_grid(comparison: Comparison, pairs: Sequence[Pair]) -> Grid:
+    measured = comparison.energy_kind == "measured"
+    lines = {one.label: one for one in configurations(comparison.rows)}
+    notes = Footnotes()
+    hidden = "time ratio" if measured else "joules ratio"
+    word = comparison.energy_word
+    units = {
+        "gap %": f"gap %, {word} [95 %]",
+        "joules ratio": f"joules ratio, {word} [95 %]",
+        "time ratio": "estimated time ratio [95 %]",
+        "quality difference": f"{_score(comparison)} difference, points [95 %]",
+        "least detectable": "least detectable, points",
+        "p99 ratio": "p99 ratio [95 %]",
+        "over E_max": "over E_max, % of samples",
+        "worst of E_max": "worst of E_max, %",
+        "repaid after": "repaid after, samples",
+    }
+    found = [_gap_cells(pair, lines, notes) for pair in pairs]
+    shown = [name for name in GAP_COLUMNS if name != hidden]
+    return Grid(
+        tuple(units.get(name, name) for name in shown),
+        tuple(tuple(cells[name] for name in shown) for cells in found),
+        notes.lines(),
+        left=3,
+        title="Every pair",
+    )
+
+
+def _gap_cells(pair: Pair, lines: Mapping[str, Configuration], notes: Footnotes) -> dict[str, str]:
+    """The cells of one pair by the name of their column."""
+    proposed, other = lines[pair.proposed], lines[pair.other]
+    part = {"by length": pair.length_part_percent, "by token": pair.token_part_percent}
+    return {
+        "configuration": pair.proposed,
+        "against": pair.other,
+        "role": pair.other_role,
+        "samples": f"{pair.samples:,}",
+        "gap %": notes.cell(pair.gap_percent, percent_with_interval, "no gap"),
+        **{name: "" if value is None else f"{value:+.1f}" for name, value in part.items()},
+        "joules ratio": notes.cell(pair.ratio, with_interval),
+        "time ratio": notes.cell(pair.time_ratio, with_interval),
+        "at equal length": pair.at_equal_length.removeprefix("at equal length: "),
+        "quality difference": notes.cell(pair.quality_difference, _signed),
+        "quality": pair.quality,
+        "least detectable": ""
+        if pair.least_detectable_points is None
+        else number(pair.least_detectable_points),
+        "p99 ratio": notes.cell(pair.latency_p99_ratio, with_interval),
+        "controller parameters": " : ".join(
+            notes.cell(side.measure("controller_parameters"), whole, "none") for side in (proposed, other)
+        ),
+        "over E_max": notes.cell(proposed.measure("over_budget_percent"), with_interval),
+        "worst of E_max": notes.cell(proposed.measure("emax_use_worst_percent"), _bare),
+        "repaid after": notes.cell(pair.break_even_samples, whole, "none"),
+        "verdict": pair.verdict,
+    }
+
+
+def _measures_grid(
+    comparison: Comparison,
+    lines: Sequence[Any],
+    naming: tuple[str, ...],
+    named: Callable[[Any], tuple[str, ...]],
+) -> Grid:
+    """Every measure that any line has; what a line lacks has a letter and its reason below."""
+    shown = [name for name in METRICS if any(line.measure(name).value is not None for line in lines)]
+    notes = Footnotes()
+    first = (comparison.quality_metric, PRIMARY)
+    shown = [*(name for name in first if name in shown), *(name for name in shown if name not in first)]
+    cells = tuple(
+        (*named(line), *(notes.narrow(line.measure(name), _shown(name)) for name in shown)) for line in lines
+    )
+    headers = (*naming, *(header(METRICS[name], comparison) for name in shown))
+    return Grid(headers, cells, notes.lines(), left=2)
+
+
+def header(metric: Metric, comparison: Comparison) -> str:
+    """Title, unit, and for joules the word of their kind."""
+    word = {"meter": comparison.energy_word, "table": "predicted", None: None}[metric.source]
+    unit = None if metric.unit == "parameters" else metric.unit
+    return ", ".join(filter(None, (metric.title, unit, word)))
+
+
+def _shown(name: str) -> Callable[[Measure], str]:
+    return whole if name in _WHOLE else with_interval
+
+
+def _signed(measure: Measure) -> str:
+    text = f"{measure.value or 0.0:+.2f}"
+    if measure.low is None or measure.high is None:
+        return text
+    return f"{text} [{measure.low:+.2f}, {measure.high:+.2f}]"
+
+
+def _bare(measure: Measure) -> str:
+    return number(measure.value or 0.0)

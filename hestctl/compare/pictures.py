@@ -1,0 +1,64 @@
+"""A comparison's figures as bytes for a page: vector where that is small, else pixels."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Final
+
+import duckdb
+from PIL import Image
+
+from hestctl.compare.captions import CAPTIONS
+from hestctl.compare.document import Picture
+from hestctl.compare.figures import draw
+from hestctl.compare.results import Comparison
+from hestctl.compare.style import Theme
+
+VECTOR_BYTES: Final = 130_000
+"""The largest figure that stays vector: one of ten thousand points would be megabytes."""
+_DPI: Final = 160
+_COLOURS: Final = 128
+
+
+def pictures(
+    connection: duckdb.DuckDBPyConnection, comparison: Comparison, theme: Theme
+) -> tuple[list[Picture], dict[str, str]]:
+    """The figures over all runs, and for each that has nothing to draw the reason.
+
+    Figures of single runs stay out: two hundred runs would make a page that no one opens.
+    """
+    found: dict[str, Picture] = {}
+    with tempfile.TemporaryDirectory(prefix="hestctl-") as name:
+        folder = Path(name)
+        drawn = draw(connection, comparison, folder, theme=theme, formats=("svg",), only=_of_all)
+        large = {path.stem for path in drawn if path.stat().st_size > VECTOR_BYTES}
+        for path in drawn:
+            if path.stem not in large:
+                found[path.stem] = _picture(path, "image/svg+xml")
+        if large:
+            again = draw(
+                connection, comparison, folder, theme=theme, dpi=_DPI, only=lambda topic: topic in large
+            )
+            found |= {path.stem: _picture(path, "image/png") for path in again}
+        order = [path.stem for path in drawn]
+    return [found[topic] for topic in order], drawn.reasons
+
+
+def _of_all(topic: str) -> bool:
+    return topic.startswith("comparison_")
+
+
+def _picture(path: Path, mime: str) -> Picture:
+    question, reading = CAPTIONS[path.stem]
+    data = path.read_bytes()
+    return Picture(path.name, question, reading, mime, _fewer_colours(data) if mime == "image/png" else data)
+
+
+def _fewer_colours(data: bytes) -> bytes:
+    """A PNG with a palette: a third of the bytes, and nothing to be seen of it in a chart."""
+    out = io.BytesIO()
+    with Image.open(io.BytesIO(data)) as image:
+        image.convert("RGB").quantize(_COLOURS, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    return out.getvalue()
