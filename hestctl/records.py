@@ -23,6 +23,12 @@ STATES = ("off", "int8", "full")
 OFF, INT8, FULL = range(3)
 """Indices into ``STATES``; energies and numbers are never less in a later one."""
 
+PROMPT_PARTS = 10
+"""Parts of a prompt, of any length, by which the use of directions is recorded."""
+
+NEW_PART = 8
+"""New tokens that are recorded together."""
+
 BLOCKS = ("attention", "mlp")
 """The two residual blocks of a decoder layer."""
 
@@ -226,9 +232,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class LayerUse:
-    """How often the directions of one layer were in one state over a run's test generation."""
+    """How often the directions of one layer were in one state over a part of a run's test generation.
+
+    ``position`` is which of ``PROMPT_PARTS`` equal parts of its prompt a token is in, or of new tokens the
+    first of the ``NEW_PART`` that are counted together, both from 0. ``share`` is the state's among the
+    layer's directions there. Stores of before schema 5 have no phase or position: counts of all tokens.
+    """
 
     layer: int
     state: str
     count: int
     share: float
+    phase: Literal["prompt", "new"] | None = None
+    position: int | None = None

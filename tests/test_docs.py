@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,15 @@ import typer
 
 from hestctl.cli.app import app
 from hestctl.energy import certificate, check
-from hestctl.settings import keys, profile_names
+from hestctl.settings import keys, load, profile_names
 from hestctl.store.migrations import migrate
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 QUICKSTART = (ROOT / "examples" / "quickstart.sh").read_text(encoding="utf-8")
-JOULES = (ROOT / "examples" / "joules.md").read_text(encoding="utf-8")
+EXAMPLES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "examples").glob("*.md"))}
+JOULES = EXAMPLES["joules"]
+GUIDES = {name: EXAMPLES[name] for name in ("walkthrough", "own-model-and-data")}
 SNIPPET = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", flags=re.DOTALL)
 """A Python block, and the output that stands below it, if any does."""
 
@@ -39,7 +42,57 @@ def test_every_command_line_in_the_documents_exists():
         assert not unknown, (name, unknown)
 
 
-@pytest.mark.parametrize("document", [README, JOULES], ids=["README", "joules"])
+def command_lines(document):
+    """The arguments of every ``hestctl`` line in the document's shell blocks, comments dropped."""
+    for block in re.findall(r"```sh\n(.*?)```", document, flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r"(?:\w+=\S+ )*(?:accelerate launch .*-m )?hestctl (.*)", line)
+            if found:
+                yield shlex.split(found[1], comments=True)
+
+
+@pytest.mark.parametrize("name", ["README", *EXAMPLES])
+def test_every_command_line_parses(name):
+    """Flags, their values and their number; keys and profiles that are there."""
+    document = README if name == "README" else EXAMPLES[name]
+    group = typer.main.get_command(app)
+    lines = list(command_lines(document))
+    assert len(lines) >= {"README": 9, "walkthrough": 7, "own-model-and-data": 20}.get(name, 0)
+    for arguments in lines:
+        command = group.commands[arguments[0]]
+        while hasattr(command, "commands"):
+            arguments = arguments[1:]
+            command = command.commands[arguments[0]]
+        given = command.make_context(arguments[0], arguments[1:]).params
+        unknown = {pair.partition("=")[0] for pair in given.get("set_") or []} - set(keys())
+        assert not unknown, arguments
+        profile = given.get("profile", "quickstart")
+        assert profile in profile_names() or profile.endswith(".toml"), arguments
+
+
+def test_walkthrough_has_the_commands_of_the_quickstart_in_their_order():
+    told = [arguments[0] for arguments in command_lines(EXAMPLES["walkthrough"])]
+    run = re.findall(r"^hestctl (\w+)", QUICKSTART, flags=re.MULTILINE)
+    assert told[: len(run)] == run
+
+
+def test_profiles_that_are_shown_are_profiles(tmp_path):
+    shown = re.findall(r"```toml\n(.*?)```", "".join(EXAMPLES.values()), flags=re.DOTALL)
+    assert shown
+    for place, text in enumerate(shown):
+        path = tmp_path / f"{place}.toml"
+        path.write_text(text)
+        origins = load(str(path), {}, {}).origins
+        assert f"profile {path}" in set(origins.values())
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_links_lead_to_files(name):
+    links = re.findall(r"\]\((?!http)([^)#]+)", EXAMPLES[name])
+    assert all((ROOT / "examples" / link).is_file() for link in links), links
+
+
+@pytest.mark.parametrize("document", [README, JOULES, *GUIDES.values()], ids=["README", "joules", *GUIDES])
 def test_every_flag_and_key_the_documents_speak_of_exists(document):
     commands = typer.main.get_command(app).commands.values()
     known = set().union(*(flags_of(command) for command in commands)) | {"--debug", "--version", "--help"}

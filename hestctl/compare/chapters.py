@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from hestctl.compare import statistics
 from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
 from hestctl.compare.glossary import GAP_COLUMNS
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
@@ -124,12 +124,26 @@ def repeats(comparison: Comparison, meter_check: Mapping[str, Any]) -> Section:
     else:
         bound = "no bound" if error is None else f"the meter's bound is {100 * error:.2g} %"
         same_work = f"The same work twice under the meter differed by {100 * (ratio - 1):+.2g} % ({bound})."
-    granted = (
-        f"Two runs of one model are granted {100 * statistics.REPEATABILITY:g} % in mean joules before a "
-        "difference counts: temperature, clocks and the counter's own step are in no interval over one "
-        "run's samples."
+    granted = f"Granted to two runs of one model: {comparison.repeatability.reason}."
+    lines = tuple(
+        (
+            f"{repeat.label}, {repeat.kind}",
+            with_interval(repeat.ratio),
+            ENERGY_WORDS[repeat.energy],
+            with_interval(repeat.quality_difference),
+            repeat.quality,
+        )
+        for repeat in comparison.repeats
     )
-    return Section("A/A control", (Bullets((same_work, granted)),))
+    headers = (
+        "one model twice",
+        "ratio of joules [95 %]",
+        "called",
+        f"{_score(comparison)} [95 %]",
+        "called",
+    )
+    table = (Grid(headers, lines),) if lines else ()
+    return Section("A/A control", (*table, Bullets((same_work, granted))))
 
 
 def figures(pictures: Sequence[Picture], reasons: Mapping[str, str], drawn: bool) -> Section:

@@ -6,7 +6,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from hestctl.compare import statistics
+from hestctl.compare import decisions, statistics
 from hestctl.compare.chapters import header
 from hestctl.compare.commands import command, train_commands
 from hestctl.compare.configurations import configurations
@@ -220,21 +220,21 @@ def _error_share(row: Row) -> float | None:
 def _of_statistics(comparison: Comparison) -> Iterator[str]:
     level = f"{100 * statistics.LEVEL:g} %"
     yield (
-        f"Methods are compared sample by sample. Intervals hold {level}: by bootstrap "
-        f"({statistics.RESAMPLES:,} draws of a fixed seed, fewer where there are very many samples), of "
-        "joules and latency over generated batches, of scores over samples; below "
-        f"{statistics.SMALL} batches by a jackknife, below {statistics.FEWEST} there is none."
+        f"Methods are compared sample by sample. Intervals hold {level}, by jackknife and Student's t: of "
+        "joules and latency over generated batches, of scores over samples, of ratios on their logarithms; "
+        f"below {statistics.FEWEST} of them there is none."
     )
     if any(len(pair.proposed_run_ids) > 1 or len(pair.other_run_ids) > 1 for pair in comparison.pairs):
         yield (
-            "In pairs the seeds of a configuration are averaged sample by sample first, so that these "
-            "intervals are over samples and not over trainings."
+            "Where a configuration has several seeds, those are a second source of chance, with degrees of "
+            "freedom of their own: the interval is one of trainings and of samples."
         )
     yield (
-        f"Equal quality is non-inferiority: the whole interval of the difference lies above "
-        f"{-comparison.margin_points:g} points. Less energy is an interval of the joules ratio that stays "
-        f"below 1 by more than the {100 * statistics.REPEATABILITY:g} % in which two runs of one model "
-        "may differ."
+        f"Equal quality is non-inferiority at {comparison.margin_points:g} points: a one-sided test at "
+        f"{100 * decisions.ALPHA:g} % that the difference is not below {-comparison.margin_points:g}. Less "
+        f"energy is a ratio of joules below 1 by more than the {100 * comparison.repeatability.value:.2g} % "
+        "in which two runs of one model may differ. A verdict needs both, and p-values are adjusted after "
+        "Holm over all pairs of a proposed configuration with a baseline or a control."
     )
     yield "A gap is split by the logarithms of two ratios: of new tokens, and of joules per new token."
 

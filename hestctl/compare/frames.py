@@ -1,183 +1,80 @@
-"""The data of each figure as a pandas frame, or why there is none; nothing here draws."""
+"""The data of the figures as pandas frames, or why there is none; nothing here draws.
+
+A frame has a row a configuration, its seeds joined, in the order of print; where it has single runs or
+samples, ``configuration`` says whose they are.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import duckdb
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from hestctl.compare.results import PRIMARY, Comparison, Row
-from hestctl.compare.statistics import Measure
+from hestctl.compare.statistics import LEVEL, Measure, absent
 from hestctl.compare.text import number
-from hestctl.records import STATES
+
+ADAPTIVE: Final = ("hest", "tabs", "bhsp")
+"""Methods whose adapters have directions."""
 
 
 class NoDataError(Exception):
     """Why a topic has no data."""
 
 
-def energy(comparison: Comparison) -> pd.DataFrame:
-    """``run, joules, low, high, text``: mean joules per sample with 95 % intervals."""
-    measures = [(row.label, row.measure(PRIMARY)) for row in comparison.rows]
-    known = [
-        (label, one.value, *_edges(one), number(one.value))
-        for label, one in measures
-        if one.value is not None
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One configuration with the rows of its seeds."""
+
+    label: str
+    rows: tuple[Row, ...]
+
+    def measure(self, name: str) -> Measure:
+        """The measure ``name`` over the seeds."""
+        return over_seeds([row.measure(name) for row in self.rows])
+
+
+def configurations(comparison: Comparison) -> list[Configuration]:
+    """Those of a comparison, in the order of print."""
+    labels = dict.fromkeys(row.config_label for row in comparison.rows)
+    return [
+        Configuration(label, tuple(row for row in comparison.rows if row.config_label == label))
+        for label in labels
     ]
-    if not known:
-        raise NoDataError(measures[0][1].reason or "no joules")
-    return pd.DataFrame(known, columns=["run", "joules", "low", "high", "text"])
 
 
-def quality_energy(comparison: Comparison) -> pd.DataFrame:
-    """``run, x, x_low, x_high, y, y_low, y_high``: joules per sample and points of quality."""
-    rows: list[list[object]] = []
-    reason = "no values"
-    for row in comparison.rows:
-        spent, score = row.measure(PRIMARY), row.measure(comparison.quality_metric)
-        if spent.value is None or score.value is None:
-            reason = spent.reason or score.reason or reason
-            continue
-        rows.append([row.label, spent.value, *_edges(spent), score.value, *_edges(score)])
-    if not rows:
-        raise NoDataError(reason)
-    return pd.DataFrame(rows, columns=["run", "x", "x_low", "x_high", "y", "y_low", "y_high"])
+def over_seeds(measures: Sequence[Measure]) -> Measure:
+    """The mean of a measure over seeds with its 95 % interval; that of one seed is its own.
 
-
-def joules(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run, value``: valid joules of every sample, of the comparison's kind."""
-    condition = f"energy_valid AND energy_kind = '{comparison.energy_kind}' AND energy_j IS NOT NULL"
-    reasons = [row.measure(PRIMARY).reason for row in comparison.rows]
-    return _of_samples(
-        connection, comparison, "energy_j", condition, next(filter(None, reasons), "no joules")
-    )
-
-
-def latency(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run, value``: wall seconds of every sample's batch."""
-    return _of_samples(connection, comparison, "latency_s", "isfinite(latency_s)", "no latency was recorded")
-
-
-def learning(connection: duckdb.DuckDBPyConnection, row: Row) -> pd.DataFrame:
-    """``step, split, panel, value``, panels in the order of print."""
-    panels = {
-        "task_loss": "task loss",
-        "energy_ratio": "J / E_max, as the gates decide",
-        "multiplier": "multiplier",
-    }
-    steps = connection.execute(
-        "SELECT step, split, task_loss, energy_ratio, multiplier FROM steps "
-        "WHERE run_id = ? AND store = ? ORDER BY step",
-        [row.run_id, row.store],
-    ).df()
-    frame = steps.melt(["step", "split"], list(panels), "panel", "value").dropna(subset=["value"])
-    if frame.empty:
-        raise NoDataError("base is not trained" if row.method == "base" else "no step was recorded")
-    shown = [title for key, title in panels.items() if (frame["panel"] == key).any()]
-    frame["panel"] = pd.Categorical(frame["panel"].map(panels), shown)
-    frame["value"] = frame["value"].astype(float)
-    return frame
-
-
-def utilisation(connection: duckdb.DuckDBPyConnection, row: Row) -> pd.DataFrame:
-    """``layer, state, share``: percent of the layer's direction-tokens in each state."""
-    counts = connection.execute(
-        "SELECT layer, state, sum(count)::DOUBLE AS count FROM utilisation "
-        "WHERE run_id = ? AND store = ? GROUP BY layer, state",
-        [row.run_id, row.store],
-    ).df()
-    if counts.empty or float(counts["count"].sum()) == 0:
-        adaptive = row.method in ("hest", "tabs", "bhsp")
-        raise NoDataError("no utilisation was recorded" if adaptive else f"{row.method} has no directions")
-    grid = counts.pivot(index="layer", columns="state", values="count").fillna(0.0)
-    states = [state for state in STATES if state in grid.columns]
-    shares = 100 * grid[states].div(grid[states].sum(axis=1), axis=0)
-    table = shares.reset_index().melt("layer", states, "state", "share")
-    names = {state: f"full\n({row.dtype})" if state == "full" and row.dtype else state for state in states}
-    table["state"] = pd.Categorical(table["state"].map(names), list(names.values()))
-    return table
-
-
-def budget(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run, scope, tokens, joules, emax_j``: predicted scope joules of every sample."""
-    frames = [
-        connection.execute(
-            "SELECT (prompt_tokens + new_tokens)::DOUBLE AS tokens, scope_energy_j AS joules, "
-            "emax_j::DOUBLE AS emax_j FROM samples "
-            "WHERE run_id = ? AND store = ? AND split = ? AND scope_energy_j IS NOT NULL",
-            [row.run_id, row.store, comparison.facts["split"]],
-        )
-        .df()
-        .assign(run=row.label, scope=f"scope {row.scope}")
-        for row in comparison.rows
-        if row.scope is not None
-    ]
-    held = [frame for frame in frames if not frame.empty]
-    if not held:
-        raise NoDataError("no sample has scope joules: run `hestctl calibrate` before training")
-    return pd.concat(held, ignore_index=True)
-
-
-def limits(budgets: pd.DataFrame) -> pd.DataFrame:
-    """``run, scope, tokens, joules``: E_max of each run over its range of lengths.
-
-    One number for every length is a level line; otherwise medians over groups of like lengths
-    between the shortest and the longest sample.
+    Seeds share their samples, so what the samples leave open is no less for the mean of several; what the
+    seeds differ by comes on top, with degrees of freedom by Satterthwaite. Without joules in one seed there
+    is no mean: it would be of other seeds than the rest of the row.
     """
-    lines = []
-    for (run, scope), part in budgets[budgets["emax_j"] > 0].groupby(["run", "scope"], observed=True):
-        if part["emax_j"].nunique() == 1:
-            reach = budgets.loc[budgets["scope"] == scope, "tokens"]
-            tokens, level = [float(reach.min()), float(reach.max())], [float(part["emax_j"].iloc[0])] * 2
-        else:
-            rising = part[["tokens", "emax_j"]].sort_values("tokens")
-            medians = rising.groupby(pd.qcut(rising["tokens"], 12, duplicates="drop"), observed=True).median()
-            line = pd.concat([rising.iloc[[0]], medians, rising.iloc[[-1]]])
-            tokens, level = line["tokens"].tolist(), line["emax_j"].tolist()
-        lines.append(pd.DataFrame({"run": run, "scope": scope, "tokens": tokens, "joules": level}))
-    return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame(columns=["run", "joules"])
+    if len(measures) == 1:
+        return measures[0]
+    lacking = next((one for one in measures if one.value is None), None)
+    if lacking is not None:
+        return absent(lacking.reason or "one seed has none")
+    values = np.array([one.value for one in measures], dtype=np.float64)
+    count, samples = len(values), max(one.n for one in measures)
+    halves = [(one.high - one.low) / 2 for one in measures if one.low is not None and one.high is not None]
+    if len(halves) < count or not np.isfinite(halves).all():
+        return Measure(float(values.mean()), n=samples)
+    within = float(np.mean(np.square(halves))) / stats.norm.ppf((1 + LEVEL) / 2) ** 2
+    between = float(values.var(ddof=1)) / count
+    total = within + between
+    freedom = math.inf if between == 0 else total**2 * (count - 1) / between**2
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
+    return Measure(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half, samples)
 
 
-def length(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run, batch, tokens, joules``: whole joules of generation in profile runs."""
-    frames = [
-        connection.execute(
-            "SELECT (prompt_tokens + new_tokens)::DOUBLE AS tokens, energy_j AS joules, "
-            "'batch ' || batch_size AS batch FROM samples WHERE run_id = ? AND store = ? "
-            "AND energy_valid AND energy_kind = ? AND energy_j IS NOT NULL",
-            [profile.run_id, profile.store, comparison.energy_kind],
-        )
-        .df()
-        .assign(run=profile.label)
-        for profile in comparison.profile_runs
-    ]
-    held = [frame for frame in frames if not frame.empty]
-    if not held:
-        raise NoDataError("no profile run of these runs has joules: `hestctl profile` measures by length")
-    return pd.concat(held, ignore_index=True)
-
-
-def confusion(connection: duckdb.DuckDBPyConnection, row: Row, split: str) -> pd.DataFrame:
-    """``truth, answer, count``: every pair of labels, zeros included."""
-    pairs = connection.execute(
-        "SELECT label AS truth, coalesce(predicted_label, 'no answer') AS answer, count(*) AS count "
-        "FROM samples WHERE run_id = ? AND store = ? AND split = ? AND label IS NOT NULL GROUP BY ALL",
-        [row.run_id, row.store, split],
-    ).df()
-    if pairs.empty:
-        raise NoDataError("no sample has a label")
-    classes = sorted(set(pairs["truth"]) | set(pairs["answer"]))
-    truths = [name for name in classes if name != "no answer"]
-    grid = pairs.pivot(index="truth", columns="answer", values="count")
-    whole = grid.reindex(index=truths, columns=classes).fillna(0).astype(int)
-    frame = whole.reset_index().melt("truth", classes, "answer", "count")
-    frame["truth"] = pd.Categorical(frame["truth"], truths[::-1])
-    frame["answer"] = pd.Categorical(frame["answer"], classes)
-    return frame
-
-
-def _edges(measure: Measure) -> tuple[float, float]:
+def edges(measure: Measure) -> tuple[float, float]:
     """The interval as drawn: neither joules nor scores go below zero; without one, the value itself."""
     value = measure.value or 0.0
     low, high = measure.low, measure.high
@@ -186,21 +83,191 @@ def _edges(measure: Measure) -> tuple[float, float]:
     return max(0.0, low), high
 
 
+def ordered(labels: Iterable[object], comparison: Comparison) -> pd.Categorical[Any]:
+    """Labels of configurations in the order of print, those without a row left out."""
+    named = [str(label) for label in labels]
+    present = set(named)
+    return pd.Categorical(named, [one.label for one in configurations(comparison) if one.label in present])
+
+
+def of_runs(
+    connection: duckdb.DuckDBPyConnection,
+    comparison: Comparison,
+    columns: str,
+    table: str,
+    where: str = "true",
+    values: Sequence[object] = (),
+) -> pd.DataFrame:
+    """``run_id, configuration`` and ``columns`` of the rows of ``table`` that the comparison's runs have.
+
+    One query for all runs; ``columns`` and ``where`` are SQL, ``values`` are bound in ``where``.
+    """
+    runs = pd.DataFrame(
+        [(row.run_id, row.store, row.config_label) for row in comparison.rows],
+        columns=["run_id", "store", "configuration"],
+    )
+    frame = connection.execute(
+        f"SELECT run_id, store, {columns} FROM {table} "
+        f"WHERE run_id IN (SELECT unnest(?::VARCHAR[])) AND {where}",
+        [runs["run_id"].tolist(), *values],
+    ).df()
+    # Without rows DuckDB names no types, and text would not meet text.
+    keys = {"run_id": str, "store": str}
+    frame = frame.astype(keys).merge(runs.astype(keys), on=["run_id", "store"]).drop(columns="store")
+    return frame.assign(configuration=ordered(frame["configuration"], comparison))
+
+
+def energy(comparison: Comparison) -> pd.DataFrame:
+    """``configuration, joules, low, high, equal, text``: mean joules per sample, the least first.
+
+    ``equal``: not inferior to the best baseline in quality. ``text`` is the value, with the share of E_max
+    that its scope takes, predicted.
+    """
+    known, reasons = [], []
+    for one in configurations(comparison):
+        spent, share = one.measure(PRIMARY), one.measure("emax_use_percent").value
+        if spent.value is None:
+            reasons.append(spent.reason or "no joules")
+            continue
+        text = number(spent.value) + ("" if share is None else f"  ({share:.0f} %)")
+        equal = comparison.equal_quality.get(one.label) == "not inferior"
+        known.append((one.label, spent.value, *edges(spent), equal, text))
+    if not known:
+        raise NoDataError(reasons[0])
+    frame = pd.DataFrame(known, columns=["configuration", "joules", "low", "high", "equal", "text"])
+    return frame.sort_values("joules", kind="stable", ignore_index=True)
+
+
+def front(comparison: Comparison) -> pd.DataFrame:
+    """``configuration, x, x_low, x_high, y, y_low, y_high, best``: joules per sample and points of quality.
+
+    ``best``: no other has both fewer joules and a higher score.
+    """
+    found: list[list[object]] = []
+    reason = "no values"
+    for one in configurations(comparison):
+        spent, score = one.measure(PRIMARY), one.measure(comparison.quality_metric)
+        if spent.value is None or score.value is None:
+            reason = spent.reason or score.reason or reason
+            continue
+        found.append([one.label, spent.value, *edges(spent), score.value, *edges(score)])
+    if not found:
+        raise NoDataError(reason)
+    frame = pd.DataFrame(found, columns=["configuration", "x", "x_low", "x_high", "y", "y_low", "y_high"])
+    rising = frame.sort_values(["x", "y"], ascending=[True, False])
+    highest = rising["y"].cummax().shift(fill_value=-math.inf)
+    return frame.assign(best=rising["y"] > highest)
+
+
+def front_seeds(comparison: Comparison) -> pd.DataFrame:
+    """``configuration, x, y``: the runs of configurations that have several."""
+    found = [
+        (one.label, row.measure(PRIMARY).value, row.measure(comparison.quality_metric).value)
+        for one in configurations(comparison)
+        for row in one.rows
+        if len(one.rows) > 1
+    ]
+    return pd.DataFrame(found, columns=["configuration", "x", "y"]).dropna()
+
+
+def joules(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
+    """``run_id, configuration, value``: valid joules of every sample, of the comparison's kind."""
+    reasons = [row.measure(PRIMARY).reason for row in comparison.rows]
+    return _of_samples(
+        connection,
+        comparison,
+        "energy_j",
+        f"energy_valid AND energy_kind = '{comparison.energy_kind}' AND energy_j IS NOT NULL",
+        next(filter(None, reasons), "no joules"),
+    )
+
+
+def latency(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
+    """``run_id, configuration, value``: wall seconds of every sample's batch."""
+    return _of_samples(connection, comparison, "latency_s", "isfinite(latency_s)", "no latency was recorded")
+
+
+def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
+    """``configuration, panel, part, joules``, and what is left out and why: parts of mean joules per sample.
+
+    By phase: prefill and decode, as apportioned. By cause: idle draw (gross less net), the adapters'
+    directions (predicted: states times prices of the energy table), and the rest.
+    """
+    directions = _direction_joules(connection, comparison)
+    found: list[tuple[str, str, str, float]] = []
+    lacking: dict[str, list[str]] = {}
+    for one in configurations(comparison):
+        gross = one.measure(PRIMARY)
+        if gross.value is None:
+            lacking.setdefault(gross.reason or "no joules", []).append(one.label)
+            continue
+        prefill, decode = one.measure("prefill_j_per_sample"), one.measure("decode_j_per_sample")
+        if prefill.value is None or decode.value is None:
+            reason = f"phases {prefill.reason or decode.reason or 'not told apart'}"
+            lacking.setdefault(reason, []).append(one.label)
+        else:
+            found += [
+                (one.label, "by phase", "prefill", prefill.value),
+                (one.label, "by phase", "decode", decode.value),
+            ]
+        net = one.measure("energy_net_j_per_sample")
+        if net.value is None:
+            lacking.setdefault(f"idle draw: {net.reason or 'not known'}", []).append(one.label)
+            continue
+        found.append((one.label, "by cause", "idle", gross.value - net.value))
+        adapters = directions.get(one.label)
+        if adapters is not None:
+            found.append((one.label, "by cause", "directions", adapters))
+        elif one.rows[0].method in ADAPTIVE:
+            lacking.setdefault("directions: no log of states, or no plan with prices", []).append(one.label)
+        found.append((one.label, "by cause", "all else", max(0.0, net.value - (adapters or 0.0))))
+    told = [f"{reason} ({', '.join(labels)})" for reason, labels in lacking.items()]
+    if not found:
+        raise NoDataError("; ".join(lacking))
+    frame = pd.DataFrame(found, columns=["configuration", "panel", "part", "joules"])
+    return (
+        frame.assign(
+            configuration=ordered(frame["configuration"], comparison),
+            panel=pd.Categorical(frame["panel"], ["by phase", "by cause"]),
+        ),
+        told,
+    )
+
+
+def _direction_joules(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> dict[str, float]:
+    """Mean joules per sample of the adapters' directions, predicted by the prices of the plans."""
+    prices = connection.execute(
+        "SELECT run_id, store, (document->>'$.costs_j[1]')::DOUBLE AS int8_j, "
+        "(document->>'$.costs_j[2]')::DOUBLE AS full_j FROM plans"
+    ).df()
+    counts = of_runs(
+        connection,
+        comparison,
+        "store AS place, directions_int8::DOUBLE AS int8, directions_full::DOUBLE AS full",
+        "samples",
+        "split = ? AND directions_full IS NOT NULL",
+        [comparison.facts["split"]],
+    )
+    if prices.empty or counts.empty:
+        return {}
+    both = counts.merge(prices, left_on=["run_id", "place"], right_on=["run_id", "store"])
+    both["joules"] = both["int8"] * both["int8_j"] + both["full"] * both["full_j"]
+    runs = both.groupby(["configuration", "run_id"], observed=True)["joules"].mean()
+    means = runs.groupby("configuration", observed=True).mean()
+    return {str(label): float(joules) for label, joules in means.items()}
+
+
 def _of_samples(
     connection: duckdb.DuckDBPyConnection, comparison: Comparison, column: str, condition: str, reason: str
 ) -> pd.DataFrame:
-    split = comparison.facts["split"]
-    frames = [
-        connection.execute(
-            f"SELECT {column}::DOUBLE AS value FROM samples "
-            f"WHERE run_id = ? AND store = ? AND split = ? AND {condition}",
-            [row.run_id, row.store, split],
-        )
-        .df()
-        .assign(run=row.label)
-        for row in comparison.rows
-    ]
-    held = [frame for frame in frames if not frame.empty]
-    if not held:
+    frame = of_runs(
+        connection,
+        comparison,
+        f"{column}::DOUBLE AS value",
+        "samples",
+        f"split = ? AND {condition}",
+        [comparison.facts["split"]],
+    )
+    if frame.empty:
         raise NoDataError(reason)
-    return pd.concat(held, ignore_index=True)
+    return frame

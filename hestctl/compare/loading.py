@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
 
-from hestctl.compare.results import Role, SetApart
-from hestctl.compare.statistics import FloatArray, IntArray, pool_seeds
+from hestctl.compare.results import Role
+from hestctl.compare.statistics import FloatArray, IntArray
 from hestctl.records import Run
 
 BASELINES: Final = ("tabs", "bhsp", "lora")
@@ -34,6 +34,16 @@ class Samples:
 
     def __getitem__(self, name: str) -> FloatArray:
         return self.columns[name]
+
+    def take(self, places: Sequence[int]) -> Samples:
+        """These samples alone, in this order."""
+        return Samples(
+            tuple(self.ids[place] for place in places),
+            self.batches[places],
+            {name: values[places] for name, values in self.columns.items()},
+            tuple(self.labels[place] for place in places),
+            tuple(self.predictions[place] for place in places),
+        )
 
     @property
     def labelled(self) -> bool:
@@ -70,12 +80,27 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One configuration with all its seeds; ``samples`` are pooled over them."""
+    """One configuration with all its seeds; ``samples`` are means over the seeds.
+
+    ``by_seed`` has the same samples in the same order, seed by seed in the order of ``members``.
+    """
 
     config: Config
     label: str
     members: tuple[Loaded, ...]
     samples: Samples
+    by_seed: tuple[Samples, ...]
+
+    @classmethod
+    def of(cls, config: Config, label: str, members: Sequence[Loaded]) -> Entry:
+        """The entry of these runs, over the samples that all of them hold."""
+        by_seed = _aligned([one.samples for one in members])
+        return cls(config, label, tuple(members), _pooled(by_seed), by_seed)
+
+    @property
+    def seeds(self) -> tuple[int | None, ...]:
+        """The seeds of training, as ``members`` are ordered; a model that is not trained has none."""
+        return () if self.config.method == "base" else tuple(one.run.seed for one in self.members)
 
     @property
     def run_ids(self) -> tuple[str, ...]:
@@ -133,37 +158,26 @@ def config_of(run: Run) -> Config | None:
     return Config(method, role, *names, scope, budget, control)
 
 
-def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[SetApart]]:
-    """Configurations in the order of print, and the older duplicates they supersede."""
+def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[tuple[Loaded, Loaded]]]:
+    """Configurations in the order of print, and each older duplicate with the run that supersedes it."""
     latest: dict[tuple[Config, int | None], Loaded] = {}
-    superseded: list[tuple[Loaded, Loaded]] = []
+    superseded: list[tuple[Config, Loaded]] = []
     for member in sorted(members, key=lambda one: (one.run.created_at, one.run.run_id)):
         config = config_of(member.run)
         if config is None:
             continue
         key = (config, member.run.seed)
         if key in latest:
-            superseded.append((latest[key], member))
+            superseded.append((config, latest[key]))
         latest[key] = member
     seeds: dict[Config, list[Loaded]] = defaultdict(list)
     for (config, _), member in latest.items():
         seeds[config].append(member)
     labels = _labels(list(seeds))
     ordered = sorted(seeds, key=lambda config: (_ROLES.index(config.role), _rank(config), labels[config]))
-    made = [
-        Entry(config, labels[config], tuple(seeds[config]), _pooled([one.samples for one in seeds[config]]))
-        for config in ordered
+    return [Entry.of(config, labels[config], seeds[config]) for config in ordered], [
+        (old, latest[config, old.run.seed]) for config, old in superseded
     ]
-    older = [
-        SetApart(
-            old.run.run_id,
-            plain_label(old.run),
-            "superseded",
-            f"{new.run.run_id} is later and of the same kind",
-        )
-        for old, new in superseded
-    ]
-    return made, older
 
 
 def plain_label(run: Run) -> str:
@@ -209,21 +223,23 @@ def _rank(config: Config) -> tuple[int, str]:
     return (order.index(config.method) if config.method in order else len(order), config.budget)
 
 
-def _pooled(samples: Sequence[Samples]) -> Samples:
-    if len(samples) == 1:
-        return samples[0]
-    names = tuple(samples[0].columns)
-    tables = [np.column_stack([one[name] for name in names]) for one in samples]
-    ids, table = pool_seeds([one.ids for one in samples], tables)
-    first = {name: place for place, name in enumerate(samples[0].ids)}
-    kept = [first[name] for name in ids]
-    return Samples(
-        tuple(ids),
-        samples[0].batches[kept],
-        {name: table[:, place] for place, name in enumerate(names)},
-        tuple(samples[0].labels[place] for place in kept),
-        tuple(None for _ in kept),
-    )
+def _aligned(samples: Sequence[Samples]) -> tuple[Samples, ...]:
+    """The samples that all seeds hold, in the order of the first."""
+    if all(one.ids == samples[0].ids for one in samples):
+        return tuple(samples)
+    shared = set(samples[0].ids).intersection(*(one.ids for one in samples[1:]))
+    kept = [name for name in samples[0].ids if name in shared]
+    places = [{name: place for place, name in enumerate(one.ids)} for one in samples]
+    return tuple(one.take([place[name] for name in kept]) for one, place in zip(samples, places, strict=True))
+
+
+def _pooled(by_seed: Sequence[Samples]) -> Samples:
+    """Means over seeds; a value that one seed lacks is lacking: no mean is over unequal samples."""
+    first = by_seed[0]
+    if len(by_seed) == 1:
+        return first
+    columns = {name: np.mean([one[name] for one in by_seed], axis=0) for name in first.columns}
+    return replace(first, columns=columns, predictions=(None,) * len(first.ids))
 
 
 def _control(run: Run) -> str:

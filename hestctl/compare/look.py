@@ -110,8 +110,13 @@ def look(ink: Ink, title: str, says: Sequence[str]) -> list[Any]:
     ]
 
 
-def whole(limits: tuple[float, float]) -> list[float]:
-    """Breaks of an axis of whole numbers."""
+def few_whole(limits: tuple[float, float]) -> list[float]:
+    """Breaks of an axis of whole numbers in a small panel."""
+    return whole(limits, most=3)
+
+
+def whole(limits: tuple[float, float], most: int = 5) -> list[float]:
+    """About ``most`` breaks of an axis of whole numbers."""
     low, high = limits
-    ticks = MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(low, high)
+    ticks = MaxNLocator(nbins=most, steps=[1, 2, 5, 10]).tick_values(low, high)
     return [float(tick) for tick in ticks if low <= tick <= high and float(tick).is_integer()]

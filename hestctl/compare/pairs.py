@@ -3,120 +3,161 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hestctl.compare import statistics
+from hestctl.compare import decisions, statistics, verdicts
+from hestctl.compare.forced import Forced, forced_ratio
 from hestctl.compare.loading import Entry
+from hestctl.compare.matching import Matched
 from hestctl.compare.measures import no_quality_reason
-from hestctl.compare.results import Pair, Verdict
-from hestctl.compare.statistics import FloatArray, IntArray, Measure, QualityVerdict, absent
+from hestctl.compare.notes import budgets_differ, notes
+from hestctl.compare.results import Claim, Pair, Repeatability
+from hestctl.compare.statistics import Estimate, FloatArray, Measure, absent
+from hestctl.compare.verdicts import Energy, Quality
 from hestctl.records import EnergyKind
-
-_SMALL = (
-    f"too small beside the {100 * statistics.REPEATABILITY:g} % by which two runs of one model may differ"
-)
 
 
 @dataclass(frozen=True, slots=True)
-class Quality:
-    """The paired difference in points (first minus second) and what it says."""
+class _Evidence:
+    """What the samples of two entries say, before the other pairs of its family are known."""
 
-    metric: str
-    verdict: QualityVerdict
-    difference: Measure
-    detectable_points: float | None
-    reason: str
+    proposed: Entry
+    other: Entry
+    matched: Matched
+    quality: Quality
+    energy: Energy
+    claim: Claim
 
 
-class Matched:
-    """The samples that two entries share, in one order; ``column`` gives finite paired values."""
+def compare_pairs(
+    proposed: Sequence[Entry],
+    others: Sequence[Entry],
+    kind: EnergyKind,
+    margin: float,
+    repeatability: Repeatability,
+    forced: Mapping[str, Forced],
+) -> list[Pair]:
+    """Every proposed configuration against every other one; every number is of the samples both hold.
 
-    def __init__(self, first: Entry, second: Entry) -> None:
-        _, left, right = np.intersect1d(
-            np.array(first.samples.ids, dtype=str),
-            np.array(second.samples.ids, dtype=str),
-            return_indices=True,
+    Their claims of less energy are adjusted together: a false one among all has the chance of one. Ablations
+    ask another question and are a family of their own. ``forced`` is of profile runs, by label.
+    """
+    found = [_evidence(one, other, kind, margin, repeatability) for one in proposed for other in others]
+    for ablation in (False, True):
+        family = [
+            (place, one.claim.both)
+            for place, one in enumerate(found)
+            if (one.other.config.role == "ablation") == ablation and one.claim.both is not None
+        ]
+        for (place, _), p in zip(family, decisions.holm([p for _, p in family]), strict=True):
+            claim = replace(found[place].claim, adjusted=p, family=len(family))
+            found[place] = replace(found[place], claim=claim)
+    chosen: tuple[str, ...] = ()
+    if len(proposed) > 1:
+        chosen = (
+            f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
+            "verdicts know that (Holm), the interval of its gap does not",
         )
-        self._left, self._right = left, right
-        self._first, self._second = first.samples, second.samples
-
-    def __len__(self) -> int:
-        return len(self._left)
-
-    def column(self, *names: str) -> tuple[list[FloatArray], list[FloatArray], IntArray]:
-        """Values of both sides where all of ``names`` are finite on both, and their batches."""
-        left = [self._first[name][self._left] for name in names]
-        right = [self._second[name][self._right] for name in names]
-        held = np.isfinite(np.vstack([*left, *right])).all(axis=0)
-        batches = self._first.batches[self._left][held]
-        return [values[held] for values in left], [values[held] for values in right], batches
+    made = [_pair(one, kind, margin, repeatability, forced) for one in found]
+    return [replace(one, notes=(*one.notes, *chosen)) for one in made]
 
 
 def quality(first: Entry, second: Entry, margin: float) -> Quality:
     """Is ``first`` not inferior to ``second``? ``margin`` in points of 100."""
+    return _quality(first, second, Matched(first, second), margin)
+
+
+def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Quality:
     classified = first.samples.labelled and second.samples.labelled
     metric, column, factor = (
         ("accuracy_percent", "correct", 100.0) if classified else ("rouge_lsum", "rouge_lsum", 1.0)
     )
-    for member in (*first.members, *second.members):
-        reason = no_quality_reason(member)
-        if reason:
-            return Quality(metric, "inconclusive", absent(reason), None, reason)
-    (left,), (right,), _ = Matched(first, second).column(column)
-    if not len(left):
-        reason = "no sample was scored in both"
-        return Quality(metric, "inconclusive", absent(reason), None, reason)
-    difference = statistics.mean_difference(left, right)
-    spread = left - right
-    if classified:
-        difference, spread = statistics.share_difference(spread), statistics.as_if_two_more(spread)
-    difference = difference.scaled(factor)
-    detectable = statistics.least_detectable_difference(spread * factor)
-    verdict = statistics.quality_verdict(difference, margin)
-    name = "accuracy" if classified else "ROUGE-Lsum"
-    reason = f"{name} {_difference(difference)} points"
+    reasons = [reason for one in (*first.members, *second.members) if (reason := no_quality_reason(one))]
+    paired = matched.paired(column)
+    if reasons or not len(paired):
+        reason = reasons[0] if reasons else "no sample was scored in both"
+        return Quality(metric, "inconclusive", absent(reason), None, None, reason)
+    estimate = paired.difference(column, factor, of_shares=classified)
+    difference = estimate.measure()
+    detectable = decisions.least_detectable_difference(estimate)
+    verdict, p = decisions.quality_verdict(difference, margin), decisions.p_not_inferior(estimate, margin)
+    reason = f"{'accuracy' if classified else 'ROUGE-Lsum'} {verdicts.points(difference)} points"
     if classified:
         chance = statistics.chance_level([str(label) for label in first.samples.labels])
         level = f"chance level {100 * chance:.1f} %"
         # Near chance there is nothing to be equal to: two coins agree as well as two models.
-        if verdict == "not inferior" and _near_chance(left, chance):
-            verdict = "inconclusive"
+        if verdict == "not inferior" and _near_chance(paired.pooled(column)[0], chance):
+            verdict, p = "inconclusive", 1.0
             reason += f"; {first.label} cannot be told from chance ({level})"
         else:
             reason += f" ({level})"
-    if verdict == "inconclusive" and detectable is not None:
-        reason += f"; the least difference that {len(left)} samples can show is {detectable:.2g} points"
-    return Quality(metric, verdict, difference, detectable, reason)
+    if detectable is not None:
+        reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
+    return Quality(metric, verdict, difference, p, detectable, reason)
 
 
 def _near_chance(correct: FloatArray, chance: float) -> bool:
     return (statistics.wilson(float(correct.sum()), len(correct)).low or 0.0) <= chance
 
 
-def pair(proposed: Entry, other: Entry, kind: EnergyKind, margin: float) -> Pair:
-    """Compare ``proposed`` with ``other``; every number is of the samples both hold."""
+def _evidence(
+    proposed: Entry, other: Entry, kind: EnergyKind, margin: float, repeatability: Repeatability
+) -> _Evidence:
     matched = Matched(proposed, other)
-    score = quality(proposed, other, margin)
-    (joules, tokens), (other_joules, other_tokens), batches = matched.column("energy_j", "new_tokens")
-    metered = kind != "none" and len(joules) > 0
-    no_joules = "no sample has joules on both sides" if len(matched) else "the two share no sample"
-    ratio = statistics.ratio_of_means(joules, other_joules, batches) if metered else absent(no_joules)
+    score, energy = _quality(proposed, other, matched, margin), _energy(proposed, other, matched, kind)
+    claim = verdicts.claim(energy, score, kind, repeatability)
+    return _Evidence(proposed, other, matched, score, energy, claim)
+
+
+def _energy(proposed: Entry, other: Entry, matched: Matched, kind: EnergyKind) -> Energy:
+    paired = matched.paired("energy_j", "new_tokens")
+    if kind == "none" or not len(paired):
+        reason = "no sample has joules on both sides" if len(matched) else "the two share no sample"
+        return Energy(Estimate(None, reason=reason), 0)
+    ratio, batches = paired.ratio("energy_j"), len(np.unique(paired.batches))
+    bounded = matched.paired("energy_j", "energy_error_j")
+    if not len(bounded):
+        return Energy(ratio, batches)
+    bounds = [
+        (float(side["energy_error_j"].sum() / side["energy_j"].sum()), label)
+        for side, label in ((bounded.first, proposed.label), (bounded.second, other.label))
+    ]
+    return Energy(ratio, batches, *max(bounds))
+
+
+def _pair(
+    found: _Evidence,
+    kind: EnergyKind,
+    margin: float,
+    repeatability: Repeatability,
+    forced: Mapping[str, Forced],
+) -> Pair:
+    proposed, other, matched = found.proposed, found.other, found.matched
+    score, energy = found.quality, found.energy
+    ratio = energy.measure
+    paired = matched.paired("energy_j", "new_tokens")
     token_ratio, per_token = absent("no new tokens"), absent("no new tokens")
-    length_part, token_part = None, None
-    if tokens.sum() > 0 and other_tokens.sum() > 0:
-        token_ratio = statistics.ratio_of_means(tokens, other_tokens, batches)
-        if metered:
-            per_token = statistics.ratio_of_ratios((joules, tokens), (other_joules, other_tokens), batches)
+    if all(tokens.sum() > 0 for tokens in paired.pooled("new_tokens")):
+        token_ratio = paired.ratio("new_tokens").measure()
+        if ratio.value is not None:
+            per_token = paired.ratio("energy_j", per="new_tokens").measure()
     gap = _gap(ratio, score, kind)
-    if gap.value is not None and ratio.value and ratio.value > 0 and token_ratio.value:
+    length_part, token_part = None, None
+    if gap.value is not None and ratio.value and token_ratio.value:
         length_part, token_part = statistics.decompose(ratio.value, token_ratio.value)
-    (latency,), (other_latency,), latency_batches = matched.column("latency_s")
-    verdict, why = _verdict(ratio, score, kind, margin)
-    time_ratio = statistics.ratio_of_means(latency, other_latency, latency_batches)
-    (every_token,), (every_other_token,), _ = matched.column("new_tokens")
-    equal_length = len(matched) > 0 and bool(np.array_equal(every_token, every_other_token))
+    verdict, why = verdicts.verdict(energy, score, found.claim, kind, margin, repeatability)
+    timed, written = matched.paired("latency_s"), matched.paired("new_tokens")
+    latency, other_latency = timed.pooled("latency_s")
+    joules = paired.pooled("energy_j")
+    tokens, other_tokens = written.pooled("new_tokens")
+    equal_length = len(matched) > 0 and np.array_equal(tokens, other_tokens)
+    unmetered = absent(f"the joules are {'estimated' if kind == 'estimated' else 'not measured'}")
+    forced_length = (
+        forced_ratio(forced.get(proposed.label), forced.get(other.label)) if kind == "measured" else unmetered
+    )
     return Pair(
         proposed=proposed.label,
         other=other.label,
@@ -130,20 +171,35 @@ def pair(proposed: Entry, other: Entry, kind: EnergyKind, margin: float) -> Pair
         quality_difference=score.difference,
         least_detectable_points=score.detectable_points,
         ratio=ratio,
+        least_detectable_saving_percent=(
+            decisions.least_detectable_saving(energy.ratio, repeatability.value)
+            if kind == "measured"
+            else None
+        ),
+        meter_error_percent=None if energy.meter_error is None else 100 * energy.meter_error,
         token_ratio=token_ratio,
         per_token_ratio=per_token,
+        forced_length_ratio=forced_length,
         gap_percent=gap,
         length_part_percent=length_part,
         token_part_percent=token_part,
-        time_ratio=time_ratio,
-        latency_p99_ratio=statistics.percentile_ratio(latency, other_latency, 99, latency_batches),
+        time_ratio=timed.ratio("latency_s").measure(),
+        latency_p99_ratio=statistics.percentile_ratio(latency, other_latency, 99, timed.batches),
         scope_ratio=_scope_ratio(proposed, other, matched),
-        break_even_samples=_break_even(proposed, other, ratio, joules, other_joules, kind),
+        break_even_samples=_break_even(proposed, other, ratio, joules, kind, repeatability),
         equal_length=equal_length,
-        at_equal_length=_at_equal_length(equal_length, bool(every_token.any()), verdict, per_token, kind),
+        at_equal_length=verdicts.at_equal_length(
+            equal_length,
+            bool(tokens.any()),
+            verdict,
+            forced_length,
+            per_token if kind == "measured" else unmetered,
+            repeatability,
+        ),
+        claim=found.claim,
         verdict=verdict,
         why=why,
-        notes=_notes(proposed, other),
+        notes=tuple(notes(proposed, other)),
     )
 
 
@@ -161,110 +217,38 @@ def _gap(ratio: Measure, score: Quality, kind: EnergyKind) -> Measure:
     return Measure(100 * (1 - ratio.value), low, high, ratio.n)
 
 
-def _verdict(ratio: Measure, score: Quality, kind: EnergyKind, margin: float) -> tuple[Verdict, str]:
-    if kind != "measured":
-        word = "estimated" if kind == "estimated" else "not measured"
-        return "inconclusive", f"the joules are {word}; {score.reason}"
-    if ratio.value is None:
-        return "inconclusive", f"{ratio.reason}; {score.reason}"
-    energy = statistics.energy_verdict(ratio)
-    joules = _saving(ratio)
-    if energy == "more":
-        return "more energy", f"{joules}; {score.reason}"
-    if energy == "same":
-        return "no difference", f"{joules}, within what two runs of one model differ by; {score.reason}"
-    if energy == "unclear":
-        beyond = (ratio.high or 1.0) < 1 or (ratio.low or 1.0) > 1
-        cause = _SMALL if beyond else "the samples are too few or too noisy to tell"
-        return "inconclusive", f"{joules}: {cause}; {score.reason}"
-    if score.verdict == "not inferior":
-        return "less energy at equal quality", f"{joules}; {score.reason}, within the margin of {margin:g}"
-    if score.verdict == "inferior":
-        return "less energy, worse quality", f"{joules}; {score.reason}, beyond the margin of {margin:g}"
-    return "inconclusive", f"{joules}, but quality is undecided: {score.reason}"
-
-
-def _at_equal_length(
-    equal_length: bool, written: bool, verdict: Verdict, per_token: Measure, kind: EnergyKind
-) -> str:
-    if equal_length and not written:
-        return f"at equal length: {verdict} (labels are scored: no token was written)"
-    if equal_length:
-        return f"at equal length: {verdict} (both wrote the same number of tokens)"
-    if kind != "measured" or per_token.value is None:
-        return "at equal length: not measured"
-    return f"at equal length: not measured (the outputs differ in length); per new token {_saving(per_token)}"
-
-
 def _scope_ratio(proposed: Entry, other: Entry, matched: Matched) -> Measure:
     if other.config.role == "base" or other.config.method == "lora":
         return absent(f"the budget counts nothing of {other.config.method}")
-    if _budgets_differ(proposed, other):
+    if budgets_differ(proposed, other):
         scopes = f"{proposed.config.scope or 'none'} and {other.config.scope or 'none'}"
         return absent(f"the budgets count different things: scopes {scopes}")
-    (scope,), (other_scope,), batches = matched.column("scope_energy_j")
-    if not len(scope):
+    paired = matched.paired("scope_energy_j")
+    if not len(paired):
         return absent("no scope joules on both sides")
-    return statistics.ratio_of_means(scope, other_scope, batches)
-
-
-def _budgets_differ(proposed: Entry, other: Entry) -> bool:
-    return bool(other.config.scope) and proposed.config.scope != other.config.scope
+    return paired.ratio("scope_energy_j").measure()
 
 
 def _break_even(
     proposed: Entry,
     other: Entry,
     ratio: Measure,
-    joules: FloatArray,
-    other_joules: FloatArray,
+    joules: tuple[FloatArray, FloatArray],
     kind: EnergyKind,
+    repeatability: Repeatability,
 ) -> Measure:
     if kind != "measured":
         return absent("the joules are not measured")
-    if statistics.energy_verdict(ratio) != "less":
+    if decisions.energy_verdict(ratio, repeatability.value) != "less":
         return absent("no saving is shown")
     spent, other_spent = _training_joules(proposed), _training_joules(other)
     if spent is None or (other_spent is None and other.config.role != "base"):
         return absent("the training joules of one side were not measured")
-    saved = float(other_joules.mean() - joules.mean())
-    return Measure(float(max(0, math.ceil((spent - (other_spent or 0.0)) / saved))), n=len(joules))
+    saved = float(joules[1].mean() - joules[0].mean())
+    return Measure(float(max(0, math.ceil((spent - (other_spent or 0.0)) / saved))), n=len(joules[0]))
 
 
 def _training_joules(entry: Entry) -> float | None:
     spent = [member.run.train_energy_j for member in entry.members]
     known = [joules for joules in spent if joules is not None]
     return sum(known) / len(known) if len(known) == len(spent) else None
-
-
-def _notes(proposed: Entry, other: Entry) -> tuple[str, ...]:
-    notes = []
-    steps = [sorted({member.run.steps or 0 for member in entry.members}) for entry in (proposed, other)]
-    if other.config.role != "base" and steps[0] != steps[1]:
-        first, second = (", ".join(map(str, counts)) for counts in steps)
-        notes.append(f"{proposed.label} was trained for {first} steps, {other.label} for {second}")
-    for entry in (proposed, other):
-        if len(entry.members) > 1:
-            notes.append(f"{entry.label} is the mean of {len(entry.members)} seeds")
-    if _budgets_differ(proposed, other):
-        notes.append(f"{proposed.label} and {other.label} count different scopes: joules of the meter alone")
-    return tuple(notes)
-
-
-def _saving(ratio: Measure) -> str:
-    percent = 100 * (1 - (ratio.value or 0.0))
-    word = "fewer" if percent >= 0 else "more"
-    text = f"{abs(percent):.1f} % {word} joules"
-    if ratio.low is None or ratio.high is None:
-        return text
-    edges = sorted((100 * (1 - ratio.low), 100 * (1 - ratio.high)))
-    if percent < 0:
-        edges = sorted(-edge for edge in edges)
-    return f"{text} [{edges[0]:.1f}, {edges[1]:.1f}]"
-
-
-def _difference(difference: Measure) -> str:
-    text = f"{difference.value:+.2f}"
-    if difference.low is None or difference.high is None:
-        return text
-    return f"{text} [{difference.low:+.2f}, {difference.high:+.2f}]"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
+from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Repeat, Row
 from hestctl.compare.statistics import Measure
 from hestctl.records import EnergyKind
 from hestctl.store.files import write_whole
@@ -47,6 +48,9 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "units": {name: metric.unit for name, metric in METRICS.items()},
         "runs": {row.run_id: _row(row, comparison) for row in comparison.rows},
         "pairs": [_pair(pair, comparison.energy_kind) for pair in comparison.pairs],
+        "aa_control": [_repeat(repeat) for repeat in comparison.repeats],
+        "repeatability": comparison.repeatability.value,
+        "repeatability_reason": comparison.repeatability.reason,
         "set_apart": [
             {"run_id": one.run_id, "label": one.label, "kind": one.kind, "reason": one.reason}
             for one in comparison.set_apart
@@ -120,8 +124,11 @@ def _pair(pair: Pair, kind: EnergyKind) -> dict[str, Any]:
         "least_detectable_points": _finite(pair.least_detectable_points),
         "energy_kind": kind,
         "energy_ratio": _measure(pair.ratio),
+        "least_detectable_saving_percent": _finite(pair.least_detectable_saving_percent),
+        "meter_error_percent": _finite(pair.meter_error_percent),
         "new_token_ratio": _measure(pair.token_ratio),
         "energy_per_new_token_ratio": _measure(pair.per_token_ratio),
+        "energy_ratio_at_forced_length": _measure(pair.forced_length_ratio),
         "gap_percent": _measure(pair.gap_percent),
         "gap_length_part_percent": _finite(pair.length_part_percent),
         "gap_token_part_percent": _finite(pair.token_part_percent),
@@ -131,7 +138,22 @@ def _pair(pair: Pair, kind: EnergyKind) -> dict[str, Any]:
         "break_even_samples": _measure(pair.break_even_samples),
         "equal_length": pair.equal_length,
         "at_equal_length": pair.at_equal_length,
+        "p_one_sided": asdict(pair.claim),
         "notes": list(pair.notes),
+    }
+
+
+def _repeat(repeat: Repeat) -> dict[str, Any]:
+    return {
+        "label": repeat.label,
+        "kind": repeat.kind,
+        "run_ids": list(repeat.run_ids),
+        "samples": repeat.samples,
+        "energy_ratio": _measure(repeat.ratio),
+        "energy": repeat.energy,
+        "quality_metric": repeat.quality_metric,
+        "quality_difference_points": _measure(repeat.quality_difference),
+        "quality": repeat.quality,
     }
 
 

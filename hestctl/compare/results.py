@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from hestctl.compare.statistics import Measure, QualityVerdict, absent
+from hestctl.compare.decisions import EnergyVerdict, QualityVerdict
+from hestctl.compare.statistics import Measure, absent
 from hestctl.records import EnergyKind
 
 Role: TypeAlias = Literal["proposed", "ablation", "baseline", "control", "base"]
@@ -93,12 +94,30 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """One-sided p-values of "less energy at equal quality", held against ``decisions.ALPHA``.
+
+    ``energy`` is of fewer joules beyond repeatability, ``quality`` of not being inferior, ``both`` the larger
+    of them: the claim needs both to hold. ``adjusted`` is ``both`` after Holm, over ``family`` pairs.
+    ``None``: there is nothing to test.
+    """
+
+    energy: float | None
+    quality: float | None
+    both: float | None = None
+    adjusted: float | None = None
+    family: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
-    """Two configurations over the samples both generated; seeds are pooled per sample first.
+    """Two configurations over the samples both generated; intervals hold samples and, where several, seeds.
 
     ``ratio`` is joules of ``proposed`` over joules of ``other``; ``gap_percent`` is its saving, with
     ``length_part_percent`` and ``token_part_percent`` adding up to it. ``at_equal_length`` is the
-    verdict where both wrote equally many tokens, else why there is none and the joules per token.
+    verdict where both wrote equally many tokens, of their own accord or forced to
+    (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
+    ``meter_error_percent`` is the meter's mean error bound, of the side where it is larger.
     """
 
     proposed: str
@@ -113,8 +132,11 @@ class Pair:
     quality_difference: Measure
     least_detectable_points: float | None
     ratio: Measure
+    least_detectable_saving_percent: float | None
+    meter_error_percent: float | None
     token_ratio: Measure
     per_token_ratio: Measure
+    forced_length_ratio: Measure
     gap_percent: Measure
     length_part_percent: float | None
     token_part_percent: float | None
@@ -124,9 +146,36 @@ class Pair:
     break_even_samples: Measure
     equal_length: bool
     at_equal_length: str
+    claim: Claim
     verdict: Verdict
     why: str
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Repeat:
+    """An A/A pair: two runs of one model, ``ratio`` the joules of the later over those of the earlier.
+
+    ``energy`` and ``quality`` are what the comparison calls their difference, at the fixed repeatability.
+    """
+
+    label: str
+    kind: str
+    run_ids: tuple[str, str]
+    samples: int
+    ratio: Measure
+    energy: EnergyVerdict
+    quality_metric: str
+    quality_difference: Measure
+    quality: QualityVerdict
+
+
+@dataclass(frozen=True, slots=True)
+class Repeatability:
+    """The relative difference in joules that two runs of one model are granted, and where it is from."""
+
+    value: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +229,7 @@ class Comparison:
     """Runs that may be compared with one another, and what follows from them.
 
     ``facts`` is what all of them share (device, backbone, data, generation settings, meter).
+    ``equal_quality`` is each configuration's verdict beside ``best_baseline``, by its label.
     """
 
     task: Task
@@ -193,8 +243,11 @@ class Comparison:
     best_control: Best | None
     gap: Gap
     gap_vs_controls: Gap
+    repeatability: Repeatability
     estimated_time_ratio: Measure
     conclusion: str
+    equal_quality: Mapping[str, QualityVerdict] = field(default_factory=dict)
+    repeats: tuple[Repeat, ...] = ()
     set_apart: tuple[SetApart, ...] = ()
     expectations: tuple[Expectation, ...] = ()
     profile_runs: tuple[ProfileRun, ...] = ()

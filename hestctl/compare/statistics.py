@@ -1,45 +1,39 @@
-"""Intervals and verdicts over paired samples; numpy and scipy only.
+"""Intervals over paired samples and seeds; numpy and scipy only.
 
 Energy noise is shared by the samples of one generated batch (the meter sees the batch), so energies
-and latencies are resampled by batch (``clusters``), scores by sample. Every random draw has a fixed
-seed: the same rows give the same interval.
+and latencies vary by batch (``clusters``), scores by sample. Trainings with other seeds are a second
+source of chance, crossed with the first: every seed generates the same samples.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, special, stats
 
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
 SumStatistic: TypeAlias = Callable[[FloatArray], FloatArray]
 """Column totals, shape (draws, columns), to one value a draw."""
 
-QualityVerdict: TypeAlias = Literal["not inferior", "inferior", "inconclusive"]
-EnergyVerdict: TypeAlias = Literal["less", "more", "same", "unclear"]
-
 LEVEL = 0.95
-RESAMPLES = 4000
-"""Fewer, down to a quarter, where the samples are so many that it would take minutes."""
-SMALL = 8
-"""Below this many clusters the bootstrap is too narrow; a jackknife t interval is used instead."""
 FEWEST = 3
 """With two clusters a t interval is twenty times as wide as their distance: no interval is given."""
 TAIL_MINIMUM = 100
 """Fewest samples for a 99th percentile: below, it is the maximum under another name."""
-REPEATABILITY = 0.02
-"""Two runs of the same artefact on the same board differ by up to 2 % in mean joules (temperature,
-clocks, the counter's own step): no interval over samples of one run can see that."""
-SAME_WITHIN = 0.05
-"""Energies whose ratio surely lies within 5 % of 1 are called the same."""
+TAIL_BATCHES = 8
+"""Fewest batches for an interval of a ratio of percentiles."""
+TAIL_DRAWS = 1000
+"""Fewer, down to a fifth, where batches are so many that it would take seconds."""
 
 _SEED = 20_251_101
+_LEAST_P = 1e-12
+"""Below it a p-value is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,86 +59,184 @@ class Measure:
         return Measure(times(self.value), times(self.low), times(self.high), self.n, self.reason)
 
 
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A number and how surely it is known, before a level or a bound is chosen.
+
+    ``sources`` holds the variance of every source of chance (batches or samples, then seeds) with its
+    degrees of freedom; of a ratio (``is_ratio``) it is the variance of the logarithm, on which ratios
+    are symmetric. Without sources there is no interval, and ``reason`` says why.
+    """
+
+    value: float | None
+    n: int = 0
+    is_ratio: bool = False
+    sources: tuple[tuple[float, float], ...] = ()
+    reason: str | None = None
+
+    def half_width(self, probability: float) -> float:
+        """From the value to its one-sided bound at ``probability`` (above a half), as in Banerjee 1961.
+
+        Every source has the t quantile of its own degrees of freedom; their half-widths add up as squares.
+        Two-sided it covers at least its nominal rate whatever the sources' shares are. Satterthwaite's sum of
+        variances does not: at two degrees of freedom for seeds its 95 % interval covered 92.2 % where seeds
+        vary most, at one 87 % (simulated normal sources). 0 without sources.
+        """
+        return math.sqrt(
+            sum(variance * special.stdtrit(freedom, probability) ** 2 for variance, freedom in self.sources)
+        )
+
+    def scaled(self, factor: float) -> Estimate:
+        """The same estimate in another unit (``factor`` > 0); not for a ratio, which has none."""
+        sources = tuple((factor**2 * variance, freedom) for variance, freedom in self.sources)
+        return replace(self, value=None if self.value is None else factor * self.value, sources=sources)
+
+    def over_seeds(self, *sides: FloatArray) -> Estimate:
+        """The same number as one of all possible trainings.
+
+        Every side is the estimates of its seeds one by one, logarithms for a ratio: one side where the seeds
+        are matched, two where each varies on its own. A side with a single seed tells nothing of others
+        and adds nothing. Noise of single samples is in both sources: that errs on the wide side.
+        """
+        if not self.sources:
+            return self
+        added = tuple(
+            (float(np.var(side, ddof=1)) / len(side), len(side) - 1.0) for side in sides if len(side) > 1
+        )
+        if not all(math.isfinite(variance) for variance, _ in added):
+            return replace(self, sources=(), reason="one of the seeds has none of it")
+        return replace(self, sources=(*self.sources, *added))
+
+    def measure(self) -> Measure:
+        """The number with its 95 % interval."""
+        if self.value is None or not self.sources:
+            return Measure(self.value, n=self.n, reason=self.reason)
+        half = self.half_width((1 + LEVEL) / 2)
+        if not self.is_ratio:
+            return Measure(self.value, self.value - half, self.value + half, self.n)
+        # Beyond e^700 floats end.
+        high = self.value * math.exp(half) if half < 700 else math.inf
+        return Measure(self.value, self.value * math.exp(-half), high, self.n)
+
+    def p_below(self, bound: float) -> float | None:
+        """One-sided p-value of "the truth is at least ``bound``": small where it surely lies below."""
+        if self.value is None or not self.sources:
+            return None
+        distance = math.log(self.value / bound) if self.is_ratio else self.value - bound
+        tail = self._tail(abs(distance))
+        return tail if distance < 0 else 1 - tail
+
+    def p_above(self, bound: float) -> float | None:
+        """One-sided p-value of "the truth is at most ``bound``": small where it surely lies above."""
+        below = self.p_below(bound)
+        return None if below is None else 1 - below
+
+    def _tail(self, distance: float) -> float:
+        """The probability whose one-sided bound lies ``distance`` from the value: ``half_width`` inverted."""
+
+        def beyond(tail: float) -> float:
+            return self.half_width(1 - tail) - distance
+
+        if distance == 0:
+            return 0.5
+        return float(optimize.brentq(beyond, _LEAST_P, 0.5)) if beyond(_LEAST_P) > 0 else 0.0
+
+
 def absent(reason: str, n: int = 0) -> Measure:
     """A measure that no row holds, and why."""
     return Measure(None, n=n, reason=reason)
 
 
-def of_sums(
-    columns: Sequence[FloatArray], statistic: SumStatistic, clusters: IntArray | None = None
-) -> Measure:
-    """A function of column totals with its 95 % interval, resampled by cluster.
+def estimate(
+    columns: Sequence[FloatArray],
+    statistic: SumStatistic,
+    clusters: IntArray | None = None,
+    *,
+    is_ratio: bool = False,
+) -> Estimate:
+    """A function of column totals, with its variance by the jackknife: one cluster left out at a time.
 
-    Means, ratios of means and ratios of ratios are all functions of totals. Bootstrap percentiles
-    are widened for small counts (Hesterberg 2015, "expanded percentile"); under ``SMALL`` clusters
-    a jackknife t interval stands in.
+    Means, ratios of means and ratios of ratios are all functions of totals. A t interval from the jackknife,
+    of the logarithm for ratios, covered a planted ratio of joules better than any bootstrap that was tried.
+    Coverage in %, where batches have log-normal noise of sigma 0.6, or Pareto noise of index 2.5, on both
+    sides (2,000 repetitions; 400 for the bootstraps of 1,000 draws or more):
+
+    batches                           5 / 12 / 25 / 125        5 / 12 / 25 / 125
+    jackknife, log, t                94 / 95 / 95 / 95        96 / 95 / 94 / 94
+    expanded percentile bootstrap    92 / 93 / 94 / 94        96 / 92 / 91 / 93
+    scipy.stats.bootstrap, BCa       82 / 90 / 90 / 92        81 / 83 / 83 / 86
+    the same, percentile             83 / 91 / 91 / 93        85 / 88 / 90 / 92
+
+    It draws nothing, and takes a hundredth of the time. What happens in one batch of twenty, no method
+    covers before some twenty-five batches have been seen.
     """
     matrix = np.column_stack(columns).astype(np.float64)
     size = len(matrix)
     if size == 0:
-        return absent("no samples")
+        return Estimate(None, reason="no samples")
     totals = matrix if clusters is None else _cluster_totals(matrix, clusters)
-    value = float(statistic(totals.sum(axis=0, keepdims=True))[0])
-    units = len(totals)
+    units, whole = len(totals), totals.sum(axis=0, keepdims=True)
+    value = float(statistic(whole)[0])
     if not math.isfinite(value):
-        return absent("the divisor is zero", size)
+        return Estimate(None, size, reason="the divisor is zero")
+    few = Estimate(
+        value, size, is_ratio, reason=f"an interval needs at least {FEWEST} independent samples or batches"
+    )
     if units < FEWEST:
-        return Measure(
-            value, n=size, reason=f"an interval needs at least {FEWEST} independent samples or batches"
-        )
-    if units < SMALL:
-        low, high = _jackknife(totals, statistic, value)
-    else:
-        draws = _bootstrap_totals(totals, statistic)
-        tail = _expanded_tail(units)
-        low, high = (float(edge) for edge in np.quantile(draws, [tail, 1 - tail]))
-    return Measure(value, low, high, size)
+        return few
+    # Sums without one cluster, each as the sum less that cluster: the statistic is of totals alone.
+    left_out = statistic(whole - totals)
+    if is_ratio:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            left_out = np.log(left_out)
+    variance = (units - 1) / units * float(np.sum((left_out - left_out.mean()) ** 2))
+    if not math.isfinite(variance):
+        return replace(few, reason="one sample or batch alone holds all of it")
+    return replace(few, sources=((variance, units - 1),), reason=None)
 
 
 def mean(values: FloatArray, clusters: IntArray | None = None) -> Measure:
     """The mean of ``values`` (their unit) with its interval."""
-    return of_sums([values, np.ones(len(values))], _quotient, clusters)
+    return average(values, clusters).measure()
+
+
+def average(values: FloatArray, clusters: IntArray | None = None) -> Estimate:
+    """The mean of ``values`` (their unit)."""
+    return estimate([values, np.ones(len(values))], _quotient, clusters)
 
 
 def ratio_of_means(
     numerator: FloatArray, denominator: FloatArray, clusters: IntArray | None = None
 ) -> Measure:
     """The ratio of the means of two paired columns (no unit) with its interval."""
-    return of_sums([numerator, denominator], _quotient, clusters)
+    return quotient(numerator, denominator, clusters).measure()
 
 
-def ratio_of_ratios(
+def quotient(numerator: FloatArray, denominator: FloatArray, clusters: IntArray | None = None) -> Estimate:
+    """The ratio of the totals of two paired columns."""
+    return estimate([numerator, denominator], _quotient, clusters, is_ratio=True)
+
+
+def double_quotient(
     first: tuple[FloatArray, FloatArray],
     second: tuple[FloatArray, FloatArray],
     clusters: IntArray | None = None,
-) -> Measure:
+) -> Estimate:
     """The ratio of two quotients of totals, such as joules per new token of two runs."""
-    return of_sums([*first, *second], _double_quotient, clusters)
+    return estimate([*first, *second], _double_quotient, clusters, is_ratio=True)
 
 
-def mean_difference(first: FloatArray, second: FloatArray) -> Measure:
-    """The mean paired difference ``first - second`` (their unit) with its interval."""
-    return mean(first - second)
+def share_difference(differences: FloatArray) -> Estimate:
+    """The mean paired difference of shares (each difference -1 to 1), with the variance of Agresti and Min.
 
-
-def share_difference(differences: FloatArray) -> Measure:
-    """The mean paired difference of shares (each difference -1 to 1), with the interval of Agresti and Min.
-
-    Where two runs answer all samples alike the bootstrap sees no spread and would call eight samples
-    certainty (Agresti and Min 2005, Statistics in Medicine 24, on matched proportions).
+    Two pairs more, half a sample in each cell of the table: where two runs answer all samples alike there
+    is no spread to be seen, and eight samples would be certainty (2005, Statistics in Medicine 24, on
+    matched proportions).
     """
-    size = len(differences)
-    if size == 0:
-        return absent("no samples")
-    padded = as_if_two_more(differences)
-    half = float(stats.norm.ppf((1 + LEVEL) / 2) * padded.std() / math.sqrt(len(padded)))
-    value, centre = float(differences.mean()), float(padded.mean())
-    return Measure(value, max(-1.0, min(value, centre - half)), min(1.0, max(value, centre + half)), size)
-
-
-def as_if_two_more(differences: FloatArray) -> FloatArray:
-    """Paired differences of shares with two pairs more: half a sample in each cell of the table."""
-    return np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)])
+    padded = average(np.append(differences, [math.sqrt(0.5), -math.sqrt(0.5)]))
+    if not len(differences):
+        return Estimate(None, reason="no samples")
+    return replace(padded, value=float(differences.mean()), n=len(differences))
 
 
 def percentile(values: FloatArray, q: float, clusters: IntArray | None = None, minimum: int = 1) -> Measure:
@@ -176,13 +268,26 @@ def percentile_ratio(
         return absent(f"{size} paired samples: a p{q:g} needs at least {minimum}", size)
     first, second = _cluster_means(numerator, clusters), _cluster_means(denominator, clusters)
     value = float(np.percentile(numerator, q) / np.percentile(denominator, q))
-    if len(first) < SMALL:
-        return Measure(value, n=size, reason=f"{len(first)} batches alone give no interval")
-    index = _resampled(len(first), min(RESAMPLES, 1000))
-    draws = np.percentile(first[index], q, axis=1) / np.percentile(second[index], q, axis=1)
-    tail = _expanded_tail(len(first))
-    low, high = (float(edge) for edge in np.quantile(draws, [tail, 1 - tail]))
-    return Measure(value, min(low, value), max(high, value), size)
+    units = len(first)
+    if units < TAIL_BATCHES:
+        return Measure(value, n=size, reason=f"{units} batches alone give no interval")
+
+    def ratio(one: FloatArray, other: FloatArray, axis: int) -> FloatArray:
+        return np.asarray(np.percentile(one, q, axis=axis) / np.percentile(other, q, axis=axis))
+
+    # Percentiles of few batches are too narrow: widened as by Hesterberg 2015, "expanded percentile".
+    tail = float(stats.norm.cdf(math.sqrt(units / (units - 1)) * special.stdtrit(units - 1, (1 - LEVEL) / 2)))
+    edges = stats.bootstrap(
+        (first, second),
+        ratio,
+        paired=True,
+        confidence_level=1 - 2 * tail,
+        n_resamples=max(TAIL_DRAWS // 5, min(TAIL_DRAWS, 400_000 // units)),
+        batch=max(1, 1_000_000 // units),
+        method="percentile",
+        rng=np.random.default_rng(_SEED),
+    ).confidence_interval
+    return Measure(value, min(float(edges.low), value), max(float(edges.high), value), size)
 
 
 def wilson(successes: float, size: int) -> Measure:
@@ -202,39 +307,6 @@ def chance_level(labels: Sequence[str]) -> float:
     return float(counts.max() / counts.sum())
 
 
-def quality_verdict(difference: Measure, margin: float) -> QualityVerdict:
-    """Non-inferiority of a paired difference (higher is better) at ``margin``, in its unit."""
-    if difference.low is None or difference.high is None:
-        return "inconclusive"
-    if difference.low > -margin:
-        return "not inferior"
-    return "inferior" if difference.high < -margin else "inconclusive"
-
-
-def energy_verdict(ratio: Measure) -> EnergyVerdict:
-    """Whether a ratio of joules is below 1 beyond its interval and the meter's repeatability."""
-    if ratio.low is None or ratio.high is None:
-        return "unclear"
-    low, high = ratio.low * (1 - REPEATABILITY), ratio.high * (1 + REPEATABILITY)
-    if high < 1:
-        return "less"
-    if low > 1:
-        return "more"
-    return "same" if low > 1 - SAME_WITHIN and high < 1 + SAME_WITHIN else "unclear"
-
-
-def least_detectable_difference(differences: FloatArray) -> float | None:
-    """The smallest true mean difference found with 80 % power by a one-sided 5 % test.
-
-    In the unit of the paired ``differences``; ``None`` below two pairs.
-    """
-    size = len(differences)
-    if size < 2:
-        return None
-    quantiles = float(stats.t.ppf(0.95, size - 1) + stats.t.ppf(0.80, size - 1))
-    return quantiles * float(np.std(differences, ddof=1)) / math.sqrt(size)
-
-
 def decompose(ratio: float, token_ratio: float) -> tuple[float, float]:
     """Split the percent of joules saved into an output-length part and a per-token part.
 
@@ -245,19 +317,6 @@ def decompose(ratio: float, token_ratio: float) -> tuple[float, float]:
     # (ratio - 1) / log(ratio) tends to 1 as the ratio does.
     scale = (ratio - 1) / total if abs(total) > 1e-9 else 1.0
     return -100 * scale * length, -100 * scale * (total - length)
-
-
-def pool_seeds(ids: Sequence[Sequence[str]], tables: Sequence[FloatArray]) -> tuple[list[str], FloatArray]:
-    """The mean over seeds of every sample that all seeds hold.
-
-    ``tables`` are (samples, columns) matrices, one a seed, in the order of ``ids``; NaN (not
-    measured) in one seed makes the pooled value NaN: seeds are never averaged over unequal samples.
-    """
-    shared = set(ids[0]).intersection(*ids[1:])
-    kept = [name for name in ids[0] if name in shared]
-    places = [{name: place for place, name in enumerate(names)} for names in ids]
-    aligned = [table[[place[name] for name in kept]] for table, place in zip(tables, places, strict=True)]
-    return kept, np.asarray(np.mean(aligned, axis=0), dtype=np.float64)
 
 
 def _quotient(totals: FloatArray) -> FloatArray:
@@ -273,44 +332,9 @@ def _double_quotient(totals: FloatArray) -> FloatArray:
 
 def _cluster_totals(matrix: FloatArray, clusters: IntArray) -> FloatArray:
     codes = np.unique(clusters, return_inverse=True)[1]
-    totals = np.zeros((int(codes.max()) + 1, matrix.shape[1]))
-    np.add.at(totals, codes, matrix)
-    return totals
+    return np.column_stack([np.bincount(codes, weights=column) for column in matrix.T])
 
 
 def _cluster_means(values: FloatArray, clusters: IntArray) -> FloatArray:
     totals = _cluster_totals(np.column_stack([values, np.ones(len(values))]), clusters)
     return np.asarray(totals[:, 0] / totals[:, 1], dtype=np.float64)
-
-
-def _resampled(units: int, resamples: int) -> NDArray[np.intp]:
-    return np.random.default_rng(_SEED).integers(0, units, size=(resamples, units), dtype=np.intp)
-
-
-def _bootstrap_totals(totals: FloatArray, statistic: SumStatistic) -> FloatArray:
-    units = len(totals)
-    resamples = max(RESAMPLES // 4, min(RESAMPLES, 10_000_000 // units))
-    chunk = max(1, 4_000_000 // units)
-    generator = np.random.default_rng(_SEED)
-    draws = []
-    for start in range(0, resamples, chunk):
-        index = generator.integers(0, units, size=(min(chunk, resamples - start), units))
-        sums = np.column_stack([column[index].sum(axis=1) for column in totals.T])
-        draws.append(statistic(sums))
-    drawn = np.concatenate(draws)
-    return drawn[np.isfinite(drawn)]
-
-
-def _expanded_tail(units: int) -> float:
-    t = float(stats.t.ppf((1 - LEVEL) / 2, units - 1))
-    return float(stats.norm.cdf(math.sqrt(units / (units - 1)) * t))
-
-
-def _jackknife(totals: FloatArray, statistic: SumStatistic, value: float) -> tuple[float, float]:
-    units = len(totals)
-    left_out = statistic(totals.sum(axis=0) - totals)
-    spread = float(np.sum((left_out - left_out.mean()) ** 2))
-    if not math.isfinite(spread):
-        return -math.inf, math.inf
-    half = float(stats.t.ppf((1 + LEVEL) / 2, units - 1)) * math.sqrt((units - 1) / units * spread)
-    return value - half, value + half

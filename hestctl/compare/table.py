@@ -9,6 +9,8 @@ from typing import Literal
 import duckdb
 
 from hestctl.compare import expectations, measures, pairs
+from hestctl.compare.decisions import QualityVerdict
+from hestctl.compare.forced import read_forced
 from hestctl.compare.loading import (
     BASELINES,
     Entry,
@@ -19,6 +21,7 @@ from hestctl.compare.loading import (
     plain_label,
 )
 from hestctl.compare.reading import load, read_runs
+from hestctl.compare.repeats import repeatability, repeats
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
 from hestctl.compare.statistics import Measure, absent
@@ -63,7 +66,18 @@ def compare(
     made, superseded = entries(group)
     rows = tuple(measures.row(entry, member) for entry in made for member in entry.members)
     kind: EnergyKind = group[0].run.energy_kind or "none"
-    compared = _pairs(made, kind, margin)
+    found_repeats = repeats(made, superseded, kind, margin)
+    granted = repeatability(found_repeats)
+    profile_runs = expectations.profiles(connection, made)
+    configs = {row.label: row.config_label for row in rows}
+    compared = pairs.compare_pairs(
+        [entry for entry in made if entry.config.role == "proposed"],
+        [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")],
+        kind,
+        margin,
+        granted,
+        read_forced(connection, profile_runs, configs),
+    )
     baseline = _cheapest(_not_worst([entry for entry in made if entry.config.role == "baseline"], margin))
     control = _cheapest(_not_worst([entry for entry in made if entry.config.role == "control"], margin))
     proposed = _best_proposed(
@@ -86,13 +100,16 @@ def compare(
         best_control=_best(control),
         gap=gap,
         gap_vs_controls=control_gap,
+        repeatability=granted,
         estimated_time_ratio=_time_ratio(deciding, kind),
         conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap),
-        set_apart=(*others, *superseded, *apart),
+        equal_quality=_equal_quality(made, baseline, compared, margin),
+        repeats=found_repeats,
+        set_apart=(*others, *(_superseded(older.run, newer.run) for older, newer in superseded), *apart),
         expectations=expectations.lines(
             connection, shared, proposed, tabs, rows, _pair_of(compared, proposed, tabs)
         ),
-        profile_runs=tuple(expectations.profiles(connection, made)),
+        profile_runs=tuple(profile_runs),
     )
 
 
@@ -142,6 +159,11 @@ def _apart(
     return SetApart(run.run_id, plain_label(run), kind, reason)
 
 
+def _superseded(older: Run, newer: Run) -> SetApart:
+    reason = f"{newer.run_id} is later and of the same kind"
+    return SetApart(older.run_id, plain_label(older), "superseded", reason)
+
+
 def _main_group(loaded: Sequence[Loaded]) -> tuple[list[Loaded], list[SetApart]]:
     groups: dict[tuple[str, ...], list[Loaded]] = defaultdict(list)
     for one in loaded:
@@ -171,12 +193,6 @@ def _main_group(loaded: Sequence[Loaded]) -> tuple[list[Loaded], list[SetApart]]
     ]
 
 
-def _pairs(made: Sequence[Entry], kind: EnergyKind, margin: float) -> list[Pair]:
-    proposed = [entry for entry in made if entry.config.role == "proposed"]
-    others = [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")]
-    return [pairs.pair(one, other, kind, margin) for one in proposed for other in others]
-
-
 def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
     """A baseline shown to be worse than the best-scoring one is no yardstick; one merely undecided
     stays, so that a lack of samples cannot remove a cheap rival."""
@@ -189,6 +205,20 @@ def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
     return [
         entry for entry in side if entry is best or pairs.quality(entry, best, margin).verdict != "inferior"
     ]
+
+
+def _equal_quality(
+    made: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair], margin: float
+) -> dict[str, QualityVerdict]:
+    """Whether each configuration is not inferior to ``baseline``, which is equal to itself."""
+    if baseline is None:
+        return {}
+    found: dict[str, QualityVerdict] = {baseline.label: "not inferior"}
+    for entry in made:
+        if entry is not baseline:
+            pair = _pair_of(compared, entry, baseline)
+            found[entry.label] = pair.quality if pair else pairs.quality(entry, baseline, margin).verdict
+    return found
 
 
 def _cheapest(side: Sequence[Entry]) -> Entry | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
 from hestctl.compare.statistics import Measure
 
@@ -159,6 +160,8 @@ def as_rows(comparison: Comparison, *, runs: bool = False) -> list[TextTable]:
         _latency_table(lines),
         _budget_table(comparison, lines),
     ]
+    if comparison.pairs:
+        tables.append(_repeat_table(comparison))
     if comparison.expectations:
         tables.append(_expectation_table(comparison))
     if comparison.set_apart:
@@ -345,6 +348,24 @@ def _pair_remarks(pairs: Sequence[Pair]) -> tuple[str, ...]:
         *(line for _, line in reasons),
         *remarks,
     )
+
+
+def _repeat_table(comparison: Comparison) -> TextTable:
+    """What the comparison calls a difference where there is none."""
+    notes = Footnotes()
+    rows = tuple(
+        (
+            f"{repeat.label},\n{repeat.kind}",
+            with_interval(repeat.ratio),
+            ENERGY_WORDS[repeat.energy],
+            notes.cell(repeat.quality_difference, lambda one: f"{one.value or 0:+.2f}"),
+            repeat.quality,
+        )
+        for repeat in comparison.repeats
+    )
+    headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
+    remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
+    return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
 
 
 def _expectation_table(comparison: Comparison) -> TextTable:

@@ -1,6 +1,7 @@
 """Generation with hardened adapters through transformers' own ``generate``: the reference engine.
 
-Shape legend: Q requests, W rows (Q * beams), T tokens.
+Shape legend: Q requests, W rows (Q * beams), T tokens, L layers, S = 3 states, P positions as
+``generation.positions`` has them.
 """
 
 from __future__ import annotations
@@ -31,13 +32,19 @@ Notes = dict[str, str | dict[str, str]]
 class Generated:
     """One batch's result: new token ids per request (stop token included), and the log of states.
 
-    ``counts_QLS`` are the directions' states, ``blocks`` those that the layers' blocks ran in.
+    ``log_PQLS`` counts the directions' states by position (``generation.positions``), ``blocks`` are those
+    that the layers' blocks ran in.
     """
 
     new_ids: list[list[int]]
     stopped: list[bool]
-    counts_QLS: Tensor | None
+    log_PQLS: Tensor | None
     blocks: BlockStates
+
+    @property
+    def counts_QLS(self) -> Tensor | None:  # noqa: N802, a tensor with its shape
+        """The directions' states over all positions."""
+        return None if self.log_PQLS is None else self.log_PQLS.sum(0)
 
 
 def blocks_note(blocks: BlockStates) -> str:
@@ -134,11 +141,11 @@ class Generator:
             end = next((i + 1 for i, token in enumerate(row) if token in self.backbone.stop_ids), None)
             new_ids.append(row[: end or len(row)])
             stopped.append(end is not None)
-        return Generated(new_ids, stopped, gates.counts_QLS.cpu() if gates else None, self.blocks)
+        return Generated(new_ids, stopped, gates.log().cpu() if gates else None, self.blocks)
 
     @torch.inference_mode()
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
+        """Logits of the first answer token, (Q, V) on the CPU, and the log of states, (P, Q, L, S)."""
         device, self._warm = self.backbone.device, True
         batch = prompt_batch(rows, self.backbone.pad_id)
         ids, mask = batch.input_ids.to(device), batch.attention_mask.to(device)
@@ -151,7 +158,7 @@ class Generator:
                 logits_to_keep=1,
                 use_cache=False,
             )
-        return out.logits[:, -1].float().cpu(), gates.counts_QLS.cpu() if gates else None
+        return out.logits[:, -1].float().cpu(), gates.log().cpu() if gates else None
 
     @torch.inference_mode()
     def answer_nll(self, rows: Sequence[Encoded]) -> list[float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from hestctl.data.prompts import Encoded, label_answers
@@ -21,10 +20,11 @@ from hestctl.generation.engine import Generated
 from hestctl.generation.engines import Engine
 from hestctl.generation.metered import Batch, Outcome, Run, replicated, telescoped, within_memory
 from hestctl.generation.native import NativeGenerator
+from hestctl.generation.positions import layer_use
 from hestctl.generation.quality import RougeScorer, first_token_of_labels
 from hestctl.hardening.plan import Plan
 from hestctl.progress import Progress
-from hestctl.records import STATES, BlockStates, LayerUse, Sample, Window
+from hestctl.records import BlockStates, LayerUse, Sample, Window
 from hestctl.settings import GenerationSettings
 
 
@@ -104,7 +104,8 @@ def evaluate(
             texts[sample.sample_id] = text
     if score:
         samples = _with_likelihood(generator, rows, samples, settings.batch_size, progress, check)
-    return Evaluation(samples, [batch.window for batch in batches], texts, _layer_use(batches))
+    logs = [log for batch in batches if (log := batch.result.log_PQLS) is not None]
+    return Evaluation(samples, [batch.window for batch in batches], texts, layer_use(logs))
 
 
 def _check_plan(
@@ -139,11 +140,11 @@ def _runner(
         return out, None
 
     def classify(part: Sequence[Encoded]) -> Outcome:
-        logits, counts = generator.label_scores(part)
+        logits, log = generator.label_scores(part)
         ids = list(names)
         best = [ids[i] for i in logits[:, ids].argmax(1).tolist()]
         return (
-            Generated([[i] for i in best], [True] * len(part), counts, generator.blocks),
+            Generated([[i] for i in best], [True] * len(part), log, generator.blocks),
             [names[i] for i in best],
         )
 
@@ -270,15 +271,3 @@ def _with_likelihood(
             scored.append(replace(sample, nll=nll, answer_tokens=len(row.answer_ids)))
         progress.advance("scoring answers", len(scored), len(rows), {})
     return scored
-
-
-def _layer_use(batches: list[Batch]) -> list[LayerUse]:
-    counts = [batch.result.counts_QLS for batch in batches if batch.result.counts_QLS is not None]
-    if not counts:
-        return []
-    total_LS = torch.cat(counts).sum(0)
-    return [
-        LayerUse(layer, STATES[state], int(count), int(count) / max(1, int(row.sum())))
-        for layer, row in enumerate(total_LS)
-        for state, count in enumerate(row)
-    ]

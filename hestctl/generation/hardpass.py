@@ -1,7 +1,7 @@
 """One forward pass of the hardened adapters: gates decide, the ledger allows, the states are logged.
 
 Shape legend: Q requests, W rows of the batch (Q * beams), T tokens, D hidden size, L layers, R
-directions, S = 3 states.
+directions, S = 3 states, P positions as ``generation.positions`` has them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hestctl.generation.positions import prompt_parts
 from hestctl.hardening.ledger import Ledger
 from hestctl.model.spectral import SpectralAdapters, normalise
+from hestctl.records import NEW_PART, PROMPT_PARTS
 
 
 class HardPass:
@@ -21,7 +23,7 @@ class HardPass:
 
     ``mask_WT`` marks the real tokens of the first call (the prompt); later tokens are all real.
     ``fixed`` are the states (R,) of layers whose gates need not be asked (``Plan.fixed_states``).
-    ``counts_QLS`` is the log of the states applied, the only source of a sample's scope energy.
+    ``log`` is of the states applied, the only source of a sample's scope energy.
     """
 
     def __init__(
@@ -37,16 +39,21 @@ class HardPass:
         self._mask_WT = mask_WT.bool()
         self._ledger = ledger
         self._fixed = fixed
-        self._prompt_done = [False] * layers
-        self.counts_QLS = torch.zeros(requests, layers, 3, dtype=torch.int64, device=mask_WT.device)
+        self._seen_L = [0] * layers  # calls of each layer: the prompt's, then one a new token
+        self._parts = [
+            torch.zeros(PROMPT_PARTS, requests, layers, 3, dtype=torch.int64, device=mask_WT.device)
+        ]
+
+    def log(self) -> Tensor:
+        """How often which states were applied, (P, Q, L, S)."""
+        return torch.cat(self._parts)
 
     def __call__(self, layer: int, hidden_WTD: Tensor) -> Tensor:
         rows, tokens, _ = hidden_WTD.shape
-        if self._prompt_done[layer]:
+        prompt = self._seen_L[layer] == 0
+        real_WT = self._mask_WT
+        if not prompt:
             real_WT = torch.ones(rows, tokens, dtype=torch.bool, device=hidden_WTD.device)
-        else:
-            real_WT = self._mask_WT
-            self._prompt_done[layer] = True
         x_WTD = normalise(hidden_WTD)
         if layer in self._fixed:
             state_WTR = self._fixed[layer].expand(rows, tokens, -1) * real_WT[..., None]
@@ -55,8 +62,23 @@ class HardPass:
         if self._ledger is not None:
             state_WTR = self._ledger.allow(layer, state_WTR, real_WT)
         one_hot_WTRS = F.one_hot(state_WTR, 3)
-        requests = self.counts_QLS.shape[0]
-        self.counts_QLS[:, layer] += (
-            (one_hot_WTRS * real_WT[..., None, None]).view(requests, -1, state_WTR.shape[2], 3).sum((1, 2))
+        self._note(
+            layer, (one_hot_WTRS * real_WT[..., None, None]).sum(2), prompt_parts(real_WT) if prompt else None
         )
         return hidden_WTD + self._adapters.delta(x_WTD, layer, one_hot_WTRS)
+
+    def _note(self, layer: int, used_WTS: Tensor, part_WT: Tensor | None) -> None:
+        """Add to the log; ``part_WT`` is where the prompt's tokens are, None for a new token."""
+        first = self._parts[0]
+        requests = first.shape[1]
+        if part_WT is None:
+            nth = (self._seen_L[layer] - 1) // NEW_PART + 1
+            if nth == len(self._parts):
+                self._parts.append(torch.zeros_like(first[:1]))
+            self._parts[nth][0, :, layer] += used_WTS.view(requests, -1, 3).sum(1)
+        else:
+            request_W1 = torch.arange(len(part_WT), device=part_WT.device)[:, None] // (
+                len(part_WT) // requests
+            )
+            first[:, :, layer].index_put_((part_WT, request_W1.expand_as(part_WT)), used_WTS, accumulate=True)
+        self._seen_L[layer] += 1

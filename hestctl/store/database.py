@@ -112,21 +112,21 @@ def keep_copy(db: Path, why: str) -> Path:
 
 
 def attach_snapshot(con: DuckDBPyConnection, db: Path, name: str, timeout_s: float) -> None:
-    """Attach what the store holds now as the read-only database ``name``, of this schema.
+    """Attach what the store holds now as the read-only database ``name``, brought to this schema.
 
     A temporary copy of the file is attached: that takes the time to copy its bytes, and none of the memory
     that its rows would fill. It loses its name at once, so that nothing stays behind however the process
-    ends. ``load_copy`` stands in where the bytes would not do: for an older schema, for a log that is not
-    in the file yet, and where the temporary folder has no room.
+    ends. ``load_copy`` stands in where bytes would not do: for a log that is not in the file yet, and
+    where the temporary folder has no room.
     """
     with _explained(db):
         _patiently(lambda: con.execute("ATTACH ? AS source (READ_ONLY)", [str(db)]), db, timeout_s)
         try:
             con.execute("USE source")
-            whole = version_of(con, db) == schema_version() and not _has_log(db)
+            version = version_of(con, db)
             # DuckDB's lock keeps out whoever knows nothing of ours. Closing the copied file drops it, which
             # is after the last byte.
-            copy = _temporary_copy(db) if whole else None
+            copy = None if _has_log(db) else _temporary_copy(db)
         finally:
             con.execute("USE memory")
             con.execute("DETACH source")
@@ -134,9 +134,15 @@ def attach_snapshot(con: DuckDBPyConnection, db: Path, name: str, timeout_s: flo
             load_copy(con, db, name, timeout_s)
             return
         try:
+            if version < schema_version():
+                con.execute("ATTACH ? AS older", [str(copy)])
+                con.execute("USE older")
+                migrate(con, version)
+                con.execute("USE memory")
+                con.execute("DETACH older")
             con.execute(f"ATTACH ? AS {name} (READ_ONLY)", [str(copy)])
         finally:
-            copy.unlink()
+            remove(copy)
 
 
 def load_copy(con: DuckDBPyConnection, db: Path, name: str, timeout_s: float) -> None:

@@ -119,11 +119,19 @@ def tell_what_trials_did(con: DuckDBPyConnection) -> None:
     con.execute("COMMENT ON COLUMN trials.energy_j IS 'of the energy_kind beside it, J a sample'")
 
 
+def tell_where_states_were(con: DuckDBPyConnection) -> None:
+    """The use of directions by where in the prompt or the answer a token is, beside its layer."""
+    con.execute("ALTER TABLE utilisation ADD COLUMN phase VARCHAR")
+    con.execute("ALTER TABLE utilisation ADD COLUMN position BIGINT")
+    con.execute("COMMENT ON COLUMN utilisation.position IS 'tenth of the prompt, or first of 8 new tokens'")
+
+
 MIGRATIONS: tuple[Migration, ...] = (
     create_tables,
     add_sample_prediction,
     say_how_joules_were_had,
     tell_what_trials_did,
+    tell_where_states_were,
 )
 """The schema version of a store is how many of these were applied to it."""
 

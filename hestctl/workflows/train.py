@@ -309,7 +309,7 @@ class _Work:
             self.progress.note(account.told(f"step {trainer.step} of {trainer.total_steps}"))
         elif account.unread is not None and self.meter.kind != "none":
             self.progress.note(f"what training has spent is not known: {account.unread}")
-        summary: dict[str, Any] = {"training_stopped": stopped}
+        summary: dict[str, Any] = {"training_stopped": stopped, "warmup_steps": trainer.warmup_steps}
         told = None if trainer.blocks is None else trainer.blocks.settlement
         if told is not None:
             summary["settlement"] = asdict(told)

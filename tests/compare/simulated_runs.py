@@ -14,7 +14,7 @@ from typing import Any, Literal, Union
 import duckdb
 import numpy as np
 
-from hestctl.records import STATES, LayerUse, Run, Sample, StepMetric, Window
+from hestctl.records import NEW_PART, PROMPT_PARTS, STATES, LayerUse, Run, Sample, StepMetric, Window
 
 LAYERS = 30
 _CHILDREN = {"steps": StepMetric, "samples": Sample, "windows": Window, "utilisation": LayerUse}
@@ -41,6 +41,7 @@ def empty_store() -> duckdb.DuckDBPyConnection:
         columns = {**_types(record), "run_id": "VARCHAR", "store": "VARCHAR"}
         listed = ", ".join(f'"{name}" {kind}' for name, kind in columns.items())
         connection.execute(f"CREATE TABLE {table} ({listed})")
+    connection.execute("CREATE TABLE plans (run_id VARCHAR, store VARCHAR, scope VARCHAR, document JSON)")
     return connection
 
 
@@ -54,6 +55,12 @@ def add(
     for table, records in children.items():
         extra = {"run_id": run.run_id, "store": store}
         _insert(connection, table, _CHILDREN[table], [_values(one) | extra for one in records])
+
+
+def add_plan(connection: duckdb.DuckDBPyConnection, run: Run, **document: Any) -> None:
+    """Insert the hardening plan of a run."""
+    values = [run.run_id, "runs.duckdb", run.scope, json.dumps(document)]
+    connection.execute("INSERT INTO plans VALUES (?, ?, ?, ?)", values)
 
 
 def _values(record: Any) -> dict[str, Any]:
@@ -214,7 +221,7 @@ def classified(run: Run, count: int, accuracy: float, classes: int = 2, joules: 
 
 def trained(run: Run, target: float | None = 0.6) -> list[StepMetric]:
     """A learning curve: the loss falls, and with ``target`` the expected energy nears E_max."""
-    own = np.random.default_rng(5)
+    own = np.random.default_rng(5 + 97 * (run.seed or 0))
     steps: list[StepMetric] = []
     ratio, multiplier = 1 / (target or 1), 0.1
     for step in range(10, (run.steps or 0) + 1, 10):
@@ -251,12 +258,160 @@ def used(method: str) -> list[LayerUse]:
         shares = {"off": off, "int8": (1 - off) * 0.55, "full": (1 - off) * 0.45}
         if method != "hest":
             shares = {"off": off * 0.6, "full": 1 - off * 0.6}
-        uses += [
-            LayerUse(layer, state, round(share * 1e6), share)
-            for state, share in shares.items()
-            if state in STATES
-        ]
+        places = [("prompt", part, 40 / PROMPT_PARTS) for part in range(PROMPT_PARTS)]
+        places += [("new", first, math.exp(-first / 90)) for first in range(0, 128, NEW_PART)]
+        for phase, position, weight in places:
+            # Later new tokens need less, the ends of a prompt more.
+            worn = 1 - 0.4 * position / 128 if phase == "new" else 0.8 + 0.02 * abs(position - 5)
+            on = {state: share * worn for state, share in shares.items() if state != "off"}
+            here = {"off": 1 - sum(on.values()), **on}
+            uses += [
+                LayerUse(layer, state, round(share * weight * 1e6), share, phase, position)
+                for state, share in here.items()
+                if state in STATES
+            ]
     return uses
+
+
+def metered(run: Run, samples: Sequence[Sample], invalid: int = 0) -> list[Window]:
+    """The window of every batch; the first ``invalid`` of them do not count."""
+    firsts = {one.batch_index: one for one in reversed(samples)}
+    windows, start_s = [], 0.0
+    for index in sorted(firsts):
+        end_s = start_s + firsts[index].latency_s
+        windows.append(
+            Window(
+                firsts[index].sample_id,
+                "generation",
+                start_s,
+                end_s,
+                "measured",
+                "counter",
+                energy_j=100.0,
+                error_j=2.0,
+                device_uuid=run.device_uuid,
+                valid=index >= invalid,
+                reason=None if index >= invalid else "the clock was throttled",
+            )
+        )
+        start_s = end_s
+    return windows
+
+
+def calibrated(number: int = 90, step_s: float | None = 0.1) -> Run:
+    """A calibration of the device of ``a_run`` with the certificate of its meter."""
+    run = a_run("base", number, command="calibrate")
+    summary = {"certificate": {"step_s": step_s, "device_uuid": run.device_uuid}}
+    return replace(run, run_id=f"calibrate-{number:04d}", method=None, summary=summary)
+
+
+CONFIGURATIONS: Sequence[tuple[str, dict[str, Any], dict[str, Any]]] = (
+    ("base", {}, {"joules": 52.0, "score": 18.0, "tokens": 112.0}),
+    ("lora", {}, {"joules": 46.0, "score": 29.4, "tokens": 84.0}),
+    ("tabs", {}, {"joules": 63.0, "score": 30.1, "tokens": 90.0, "scope_j": 0.030}),
+    ("tabs", {"scope": "network"}, {"joules": 62.0, "score": 30.0, "tokens": 90.0, "scope_j": 60.0}),
+    ("bhsp", {}, {"joules": 51.0, "score": 29.2, "tokens": 88.0, "scope_j": 0.024}),
+    ("hest", {}, {"joules": 43.0, "score": 30.0, "tokens": 88.0, "scope_j": 0.017, "emax_j": 0.018}),
+    (
+        "hest",
+        {"emax_ratio": 0.4},
+        {"joules": 39.0, "score": 27.1, "tokens": 87.0, "scope_j": 0.011, "emax_j": 0.012},
+    ),
+    ("hest", {"scope": "network", "emax_ratio": 0.5}, {"joules": 31.0, "score": 26.0, "scope_j": 28.0}),
+    ("hest", {"scope": "network", "emax_ratio": 0.7}, {"joules": 38.0, "score": 29.6, "scope_j": 40.0}),
+    ("hest", {"scope": "network", "emax_ratio": 0.85}, {"joules": 47.0, "score": 30.3, "scope_j": 49.0}),
+    ("hest", {"precision": "fp16-only"}, {"joules": 47.0, "score": 30.2, "scope_j": 0.019, "emax_j": 0.018}),
+    ("hest", {"dual": "none"}, {"joules": 45.0, "score": 29.7, "scope_j": 0.021, "emax_j": 0.018}),
+    (
+        "hest",
+        {"controller": "unfactorised"},
+        {"joules": 44.5, "score": 29.9, "scope_j": 0.017, "emax_j": 0.018},
+    ),
+    (
+        "lora",
+        {"settings": {"backbone": {"name": "smollm2-135m", "precision": "int8"}}},
+        {"joules": 36.0, "score": 28.8},
+    ),
+    (
+        "hest",
+        {
+            "scope": "network",
+            "emax_ratio": 0.7,
+            "settings": {"method": {"name": "hest", "scope": "network", "layers": "greedy"}},
+        },
+        {"joules": 39.5, "score": 28.9, "scope_j": 41.0},
+    ),
+    (
+        "lora",
+        {"settings": {"backbone": {"name": "smollm2-135m", "skip_last": 4}}},
+        {"joules": 41.0, "score": 25.0},
+    ),
+)
+"""A whole study: method, what differs of its run, and what its samples are like."""
+
+
+def wide_study(count: int = 200, seeds: int = 3) -> duckdb.DuckDBPyConnection:
+    """Sixteen configurations in several seeds with all that is recorded of them, and one A/A pair."""
+    connection = empty_store()
+    add(connection, calibrated())
+    number = 0
+    for place, (method, changes, like) in enumerate(CONFIGURATIONS):
+        for seed in range(seeds):
+            number += 1
+            run = a_run(method, number, seed=42 + seed, **changes)
+            run = replace(run, summary={"settlement": {"step": 120}} if run.scope == "network" else {})
+            _add_whole(connection, run, count, like, shift=1 + 0.012 * (seed - 1), invalid=place % 3)
+    again = a_run("lora", 99, created_at="2025-11-20T09:00:00+00:00")
+    _add_whole(connection, again, count, CONFIGURATIONS[1][2], shift=1.0, invalid=0)
+    for method, parent, joules in (("hest", "hest-0016", 43.0), ("tabs", "tabs-0007", 63.0)):
+        profile = a_run(method, 60, command="profile", parent_run_id=parent)
+        long = [
+            replace(one, prompt_tokens=256 * 2 ** (place % 5))
+            for place, one in enumerate(generated(profile, 20, joules=joules))
+        ]
+        add(
+            connection,
+            profile,
+            samples=[replace(one, energy_j=joules / 2_000 * (one.prompt_tokens + 400)) for one in long],
+        )
+    return connection
+
+
+def _add_whole(
+    connection: duckdb.DuckDBPyConnection,
+    run: Run,
+    count: int,
+    like: Mapping[str, Any],
+    *,
+    shift: float,
+    invalid: int,
+) -> None:
+    samples = generated(run, count, **{**like, "joules": like["joules"] * shift})
+    if run.scope == "network" and run.method == "hest":
+        # E_max is a ratio of what TABS spends at the same lengths.
+        ratio = run.emax_ratio or 1.0
+        samples = [
+            replace(one, emax_j=ratio * (60.0 / 1_000 * (one.prompt_tokens + one.new_tokens) + 2.0))
+            for one in samples
+        ]
+    adaptive = run.method in ("hest", "tabs", "bhsp")
+    samples = [
+        replace(one, directions_off=3000, directions_int8=2000, directions_full=1000) if adaptive else one
+        for one in samples
+    ]
+    add(
+        connection,
+        run,
+        samples=samples,
+        steps=[] if run.method == "base" else trained(run, run.emax_ratio if run.method == "hest" else None),
+        windows=metered(run, samples, invalid),
+        utilisation=used(run.method or "") if adaptive else [],
+    )
+    if adaptive:
+        network = run.scope == "network" and run.method == "hest"
+        states = [(2, 1, 0)[(layer * 7 + len(run.run_id)) % 3] if network else 2 for layer in range(LAYERS)]
+        blocks = {"attention": states, "mlp": states[::-1]}
+        add_plan(connection, run, costs_j=[0.0, 1e-6, 2e-6], blocks=blocks)
 
 
 def study(count: int = 500) -> duckdb.DuckDBPyConnection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import re
 import warnings
@@ -13,16 +14,33 @@ from xml.etree import ElementTree
 import duckdb
 import matplotlib as mpl
 import pytest
-from simulated_runs import a_run, add, classified, empty_store, generated, study, trained, used
+from simulated_runs import (
+    a_run,
+    add,
+    add_plan,
+    classified,
+    empty_store,
+    generated,
+    metered,
+    study,
+    trained,
+    used,
+    wide_study,
+)
 
-from hestctl.compare import frames
-from hestctl.compare.figures import draw
+from hestctl.compare import frames, frames_states
+from hestctl.compare.canvas import MOST_PANELS, Canvas
+from hestctl.compare.figures import TOPICS, draw
 from hestctl.compare.style import Theme, marks
 from hestctl.compare.table import compare, write_csv
 from hestctl.errors import HestError
 from hestctl.records import EnergyKind
 
-TOPICS = ("energy", "energy_distribution", "latency", "quality_energy", "budget")
+MEASURED = {
+    *("energy", "front", "parts", "energy_distribution", "latency", "budget_adapter", "length"),
+    *("depth", "position", "learning_loss", "learning_energy", "learning_multiplier", "meter"),
+}
+"""Topics of a measured run of hest in scope adapter that has all there is to record, and of its profile."""
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +51,33 @@ def _warnings_are_errors():
         yield
 
 
-def test_every_topic_with_data_is_drawn_and_the_others_are_named(tmp_path: Path) -> None:
-    connection = study(24)
-    profile = a_run("hest", 30, command="profile", parent_run_id="hest-0004")
-    long = [
-        replace(one, prompt_tokens=256 * 2 ** (place % 4)) for place, one in enumerate(generated(profile, 8))
-    ]
-    add(connection, profile, samples=long)
-    found = compare(connection, methods=["hest", "tabs"])
-    drawn = draw(connection, found, tmp_path, dpi=40)
+def test_a_whole_study_is_one_file_a_topic(tmp_path: Path) -> None:
+    connection = wide_study(24, seeds=2)
+    drawn = draw(connection, compare(connection), tmp_path, dpi=40)
     names = {path.name for path in drawn}
-    assert {f"comparison_{topic}.png" for topic in (*TOPICS, "length")} <= names
-    assert {"hest-0004_learning.png", "hest-0004_utilisation.png", "tabs-0003_utilisation.png"} <= names
+    assert names == {f"comparison_{topic}.png" for topic in {*MEASURED, "budget_network"}}
     assert all(path.stat().st_size > 1000 for path in drawn)
     assert {path.name for path in tmp_path.iterdir()} == names
     assert not drawn.reasons
+
+
+def test_a_figure_takes_one_or_a_few_queries_however_many_runs_there_are() -> None:
+    class Counting:
+        def __init__(self, connection: duckdb.DuckDBPyConnection) -> None:
+            self.connection, self.queries = connection, 0
+
+        def execute(self, *arguments: object) -> object:
+            self.queries += 1
+            return self.connection.execute(*arguments)  # type: ignore[arg-type]
+
+    connection = wide_study(12, seeds=2)
+    found = compare(connection)
+    assert len(found.rows) == 32
+    for topic, paint in TOPICS.items():
+        counting = Counting(connection)
+        with contextlib.suppress(frames.NoDataError):
+            paint(Canvas(counting, found, "light"))  # type: ignore[arg-type]
+        assert counting.queries <= 3, topic
 
 
 def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
@@ -57,24 +87,39 @@ def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
         add(connection, run, samples=generated(run, 8))
     drawn = draw(connection, compare(connection), tmp_path, dpi=40)
     assert [path.name for path in drawn] == ["comparison_latency.png"]
-    assert drawn.reasons["comparison_energy"] == "the run had no energy meter: no device"
-    assert "hestctl calibrate" in drawn.reasons["comparison_budget"]
+    for topic in ("energy", "front", "energy_distribution"):
+        assert drawn.reasons[f"comparison_{topic}"] == "the run had no energy meter: no device", topic
+    assert drawn.reasons["comparison_parts"].startswith("the run had no energy meter")
+    assert "hestctl calibrate" in drawn.reasons["comparison_budget_adapter"]
     assert "hestctl profile" in drawn.reasons["comparison_length"]
-    assert drawn.reasons["base-0002_learning"] == "base is not trained"
+    assert drawn.reasons["comparison_depth"] == "none of these methods has directions"
+    assert drawn.reasons["comparison_learning_loss"] == "no step has a task_loss"
+    assert "no window of the meter was recorded" in drawn.reasons["comparison_meter"]
 
 
-def test_classification_has_confusion_matrices_in_the_dark_theme_as_pdf(tmp_path: Path) -> None:
+def test_classification_has_a_panel_of_labels_for_every_configuration(tmp_path: Path) -> None:
     connection = empty_store()
-    run = a_run("hest", 1, dataset="lra-text")
-    samples = classified(run, 40, 0.8)
-    samples[0] = replace(samples[0], predicted_label=None)
-    add(connection, run, samples=samples, steps=trained(replace(run, steps=10)))
+    for number, accuracy in ((1, 0.8), (2, 0.6)):
+        run = a_run("hest", number, seed=number, dataset="lra-text")
+        samples = classified(run, 40, accuracy)
+        samples[0] = replace(samples[0], predicted_label=None)
+        add(connection, run, samples=samples, steps=trained(replace(run, steps=10)))
     drawn = draw(connection, compare(connection), tmp_path, theme="dark", formats=("pdf",), dpi=40)
-    names = {path.name for path in drawn}
-    assert {"hest-0001_confusion.pdf", "hest-0001_learning.pdf"} <= names
-    table = frames.confusion(connection, compare(connection).rows[0], "test")
-    assert table["count"].sum() == 40
-    assert "no answer" in set(table["answer"])
+    assert {"comparison_confusion.pdf", "comparison_learning_loss.pdf"} <= {path.name for path in drawn}
+    table = frames_states.confusion(connection, compare(connection))
+    assert table["count"].sum() == 80
+    assert table.loc[table["answer"] == "no answer", "count"].sum() == 2
+    right = connection.execute("SELECT count(*) FROM samples WHERE label = predicted_label").fetchall()[0][0]
+    diagonal = table["truth"].astype(str) == table["answer"].astype(str)
+    assert table.loc[diagonal, "count"].sum() == right
+    assert table.groupby("truth", observed=True)["share"].sum().tolist() == pytest.approx([100.0, 100.0])
+
+
+def test_single_topics_may_be_chosen(tmp_path: Path) -> None:
+    connection = study(8)
+    drawn = draw(connection, compare(connection), tmp_path, dpi=40, only=lambda name: name.endswith("_front"))
+    assert [path.name for path in drawn] == ["comparison_front.png"]
+    assert not drawn.reasons
 
 
 def test_unknown_formats_and_themes_are_named(tmp_path: Path) -> None:
@@ -86,37 +131,32 @@ def test_unknown_formats_and_themes_are_named(tmp_path: Path) -> None:
         draw(connection, found, tmp_path, theme="sepia")  # type: ignore[arg-type]
 
 
-def test_run_ids_with_a_store_path_stay_inside_the_folder(tmp_path: Path) -> None:
-    connection = empty_store()
-    run = replace(a_run("hest", 1), run_id="hest-0001@a/runs")
-    add(connection, run, samples=generated(run, 8), utilisation=used("hest"))
-    drawn = draw(connection, compare(connection), tmp_path, dpi=40)
-    assert tmp_path / "hest-0001@a-runs_utilisation.png" in drawn
+def test_more_configurations_than_panels_are_told_and_every_kind_stays() -> None:
+    connection = wide_study(12, seeds=1)
+    found = compare(connection)
+    canvas = Canvas(connection, found, "light")
+    whole = frames.joules(connection, found)
+    part, says = canvas.chosen(whole)
+    kept = set(part["configuration"])
+    left = set(whole["configuration"]) - kept
+    assert len(kept) == MOST_PANELS
+    assert says.startswith(f"{MOST_PANELS} of 16")
+    assert all(label in says for label in left)
+    marks_of = {canvas.marks[label] for label in whole["configuration"]}
+    assert {canvas.marks[label] for label in kept} == marks_of
+    assert {
+        best.label for best in (found.best_proposed, found.best_baseline, found.best_control) if best
+    } <= kept
+    assert canvas.chosen(part)[1] == ""
 
 
-def test_a_level_budget_is_one_line_and_an_envelope_follows_the_lengths() -> None:
-    connection = empty_store()
-    level, envelope = a_run("hest", 1), a_run("hest", 2, emax_ratio=0.4)
-    add(connection, level, samples=generated(level, 60, scope_j=0.01, emax_j=0.02))
-    matched = [
-        replace(one, emax_j=1e-5 * (one.prompt_tokens + one.new_tokens))
-        for one in generated(envelope, 60, scope_j=0.01, emax_j=0.02)
-    ]
-    add(connection, envelope, samples=matched)
-    lines = frames.limits(frames.budget(connection, compare(connection)))
-    flat, rising = lines[lines["run"] == "hest 0.6"], lines[lines["run"] == "hest 0.4"]
-    assert flat["joules"].tolist() == [0.02, 0.02]
-    assert rising["joules"].is_monotonic_increasing
-    assert len(rising) > 5
-
-
-def test_methods_keep_their_colours_and_runs_their_shapes() -> None:
-    rows = compare(study(8)).rows
+def test_methods_keep_their_marks_and_kinds_are_told_apart_without_colour() -> None:
+    rows = compare(wide_study(12, seeds=1)).rows
     all_marks = marks(rows)
     some = marks([row for row in rows if row.method != "lora"])
-    assert all_marks["tabs"].colour == some["tabs"].colour
-    assert len({mark.colour for mark in all_marks.values()}) == len(rows)
-    assert len({mark.shape for mark in all_marks.values()}) == len(rows)
+    assert {label: all_marks[label] for label in some} == some
+    kinds = set(all_marks.values())
+    assert len({mark.shape for mark in kinds}) == len({mark.colour for mark in kinds}) == len(kinds) == 7
 
 
 def test_csv_holds_every_run_and_quotes_what_a_spreadsheet_would_run(tmp_path: Path) -> None:
@@ -136,7 +176,7 @@ def test_csv_holds_every_run_and_quotes_what_a_spreadsheet_would_run(tmp_path: P
 
 JOULES = re.compile(r"(?<!\w)[mµn]?J\b|[Jj]oule")
 WORD = re.compile(r"(?<!not )\b(measured|estimated|predicted)\b")
-RATIO = "J / E_max, as the gates decide"
+RATIO = "J / E_max"
 """Has no unit of its own: the subtitle says of what it is."""
 
 
@@ -181,7 +221,16 @@ def one_budgeted_run(
     samples = generated(run, 24, scope_j=0.017, emax_j=0.016)
     if labelled:
         samples = [replace(one, scope_energy_j=0.01, emax_j=0.02) for one in classified(run, 24, 0.8)]
-    add(connection, run, samples=samples, steps=trained(replace(run, steps=60)), utilisation=used("hest"))
+    samples = [replace(one, directions_int8=5, directions_full=7) for one in samples]
+    add(
+        connection,
+        run,
+        samples=samples,
+        steps=trained(replace(run, steps=60)),
+        utilisation=used("hest"),
+        windows=metered(run, samples),
+    )
+    add_plan(connection, run, costs_j=[0.0, 0.1, 0.2], blocks={"attention": [2] * 30, "mlp": [2] * 30})
     profile = a_run("hest", 2, command="profile", parent_run_id=run.run_id, **changes)
     add(connection, profile, samples=generated(profile, 8))
     return connection
@@ -192,7 +241,7 @@ def texts_of(
 ) -> dict[str, list[tuple[str, bool]]]:
     """The texts of every figure by its file name."""
     drawn = draw(connection, compare(connection), folder / theme, theme=theme, formats=("svg",))
-    assert not drawn.reasons
+    assert list(drawn.reasons.values()) == ["no run here has a budget of scope network"]
     return {path.name: drawn_texts(path) for path in drawn}
 
 
@@ -206,17 +255,20 @@ def _text_stays_text(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_joule_in_a_figure_has_its_word(tmp_path: Path, kind: EnergyKind, labelled: bool) -> None:
     connection = one_budgeted_run(kind, labelled=labelled)
     light = texts_of(connection, tmp_path, "light")
-    shown = {name for name, texts in light.items() if any(JOULES.search(text) for text, _ in texts)}
-    assert shown == {
-        *(f"comparison_{topic}.svg" for topic in (*TOPICS, "length") if topic != "latency"),
-        "hest-0001_learning.svg",
-    }
+    assert set(light) == {f"comparison_{topic}.svg" for topic in {*MEASURED, *(["confusion"] * labelled)}}
+    without = {"latency", "depth", "position", "learning_loss", "learning_multiplier", "confusion"}
+    of_table = {"budget_adapter", "learning_energy"}
+    of_both = {"energy"}  # what the meter gives, and what share of E_max the scope takes
     for name, texts in light.items():
+        topic = name.removeprefix("comparison_").removesuffix(".svg")
         assert unworded(texts) == [], name
         of_joules = [text for text, _ in texts if JOULES.search(text)]
+        assert bool(of_joules) == (topic not in without), name
         words = {word for text in of_joules for word in WORD.findall(text)}
-        of_table = name in ("comparison_budget.svg", "hest-0001_learning.svg")
-        assert words == (set() if not of_joules else {"predicted" if of_table else kind}), name
+        expected = {kind} if topic not in of_table else set()
+        expected |= {"predicted"} if topic in of_table | of_both else set()
+        assert words == (expected if of_joules else set()), name
+    assert ("directions (predicted)", False) in light["comparison_parts.svg"]
     if kind == "measured":
         assert texts_of(connection, tmp_path, "dark") == light
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from simulated_runs import a_run, generated, trained, used
 
-from hestctl.compare import frames
+from hestctl.compare import frames_budget, frames_runs, frames_states
+from hestctl.compare.figures import draw
 from hestctl.compare.table import as_json, compare
 from hestctl.runs import recording
 from hestctl.store.queries import connect
@@ -32,7 +33,10 @@ def test_runs_recorded_by_commands_are_compared(tmp_path: Path) -> None:
         assert found.gap.percent.value is not None
         assert found.gap.percent.value > 25
         json.dumps(as_json(found), allow_nan=False)
-        steps, uses = (frame(connection, found.rows[0]) for frame in (frames.learning, frames.utilisation))
-        assert len(steps) == 15
-        assert set(uses["layer"]) == set(range(30))
-        assert len(frames.budget(connection, found)) == 240
+        curves = frames_runs.learning(connection, found, "task_loss")
+        assert len(curves) == 10
+        assert set(frames_states.depth(connection, found)["layer"]) == set(range(30))
+        assert frames_states.position(connection, found)[1] == 8
+        assert len(frames_budget.budget(connection, found, "adapter")) == 240
+        drawn = draw(connection, found, tmp_path / "figures", dpi=40)
+        assert set(drawn.reasons) == {"comparison_length", "comparison_budget_network"}

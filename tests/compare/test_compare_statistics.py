@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
+from hestctl.compare import decisions as d
 from hestctl.compare import statistics as s
-from hestctl.compare.statistics import Measure
+from hestctl.compare.statistics import Estimate, Measure
 
 
 def coverage(draw, truth: float, repeats: int = 150) -> float:
@@ -47,7 +49,7 @@ def test_resampling_by_sample_would_be_too_sure_where_a_batch_shares_its_noise()
 def test_pairing_removes_what_the_articles_share() -> None:
     rng = np.random.default_rng(2)
     article = rng.normal(30, 9, 200)
-    difference = s.mean_difference(article + rng.normal(1, 1, 200), article + rng.normal(0, 1, 200))
+    difference = s.mean((article + rng.normal(1, 1, 200)) - (article + rng.normal(0, 1, 200)))
     assert difference.low is not None
     assert difference.low > 0.5
     assert difference.high is not None
@@ -105,11 +107,11 @@ def test_wilson_agrees_with_the_published_example() -> None:
 
 def test_answers_that_are_all_alike_are_no_certainty() -> None:
     """Eight samples on which two runs agree may still hide many on which they would not."""
-    few, many = (s.share_difference(np.zeros(count)) for count in (8, 2000))
+    few, many = (s.share_difference(np.zeros(count)).measure() for count in (8, 2000))
     assert few.value == many.value == 0
     assert few.low < -0.15 < 0.15 < few.high
     assert -0.002 < many.low < 0 < many.high < 0.002
-    assert s.least_detectable_difference(s.as_if_two_more(np.zeros(8))) > 0.15
+    assert d.least_detectable_difference(s.share_difference(np.zeros(8))) > 0.15
 
 
 @pytest.mark.parametrize(("first", "second"), [(0.9, 0.9), (0.95, 0.85), (0.6, 0.7)])
@@ -122,7 +124,7 @@ def test_the_interval_of_a_share_difference_covers(first: float, second: float, 
         draw = generator.random(count)
         right = draw < second
         left = np.where(alike, draw < first, generator.random(count) < first)
-        found = s.share_difference(left.astype(float) - right.astype(float))
+        found = s.share_difference(left.astype(float) - right.astype(float)).measure()
         covered += found.low <= first - second <= found.high
     assert covered >= 0.93 * 800
 
@@ -142,7 +144,7 @@ def test_chance_is_the_share_of_the_most_frequent_label() -> None:
     ],
 )
 def test_quality_verdicts(low: float | None, high: float | None, verdict: str) -> None:
-    assert s.quality_verdict(Measure(0.0, low, high, 100), 1.0) == verdict
+    assert d.quality_verdict(Measure(0.0, low, high, 100), 1.0) == verdict
 
 
 @pytest.mark.parametrize(
@@ -158,20 +160,87 @@ def test_quality_verdicts(low: float | None, high: float | None, verdict: str) -
     ],
 )
 def test_energy_verdicts(low: float | None, high: float | None, verdict: str) -> None:
-    assert s.energy_verdict(Measure(1.0, low, high, 100)) == verdict
+    assert d.energy_verdict(Measure(1.0, low, high, 100)) == verdict
+
+
+def test_a_larger_repeatability_asks_for_a_larger_saving() -> None:
+    assert d.energy_verdict(Measure(0.93, 0.92, 0.95, 100), 0.04) == "less"
+    assert d.energy_verdict(Measure(0.93, 0.92, 0.95, 100), 0.06) == "unclear"
 
 
 def test_the_least_detectable_difference_has_the_power_it_claims() -> None:
     rng = np.random.default_rng(5)
     size, sd = 400, 9.0
-    least = s.least_detectable_difference(rng.normal(0, sd, size))
-    assert least == pytest.approx(2.486 * sd / math.sqrt(size), rel=0.1)
+    least = d.least_detectable_difference(s.average(rng.normal(0, sd, size)))
+    assert least == pytest.approx(2.808 * sd / math.sqrt(size), rel=0.1)
     found = 0
     for _ in range(400):
-        sample = rng.normal(least, sd, size)
-        found += sample.mean() / (sample.std(ddof=1) / math.sqrt(size)) > 1.649
+        found += s.mean(rng.normal(least, sd, size)).low > 0
     assert 0.7 <= found / 400 <= 0.9
-    assert s.least_detectable_difference(np.array([1.0])) is None
+    assert d.least_detectable_difference(s.average(np.array([1.0]))) is None
+
+
+def test_the_least_detectable_saving_has_the_power_it_claims() -> None:
+    rng = np.random.default_rng(6)
+    error = 0.02
+    least = d.least_detectable_saving(Estimate(1.0, 100, True, ((error**2, 99.0),)), 0.02)
+    found = [
+        d.energy_verdict(
+            Estimate(
+                (1 - least / 100) * math.exp(rng.normal(0, error)), 100, True, ((error**2, 99.0),)
+            ).measure()
+        )
+        == "less"
+        for _ in range(600)
+    ]
+    assert 0.75 <= sum(found) / 600 <= 0.85
+
+
+@pytest.mark.parametrize("sources", [((0.04, 9.0),), ((0.04, 9.0), (0.02, 2.0))])
+def test_a_p_value_and_the_interval_agree_about_every_bound(sources: tuple[tuple[float, float], ...]) -> None:
+    for estimate in (Estimate(0.7, 40, True, sources), Estimate(0.7, 40, False, sources)):
+        measure = estimate.measure()
+        assert estimate.p_below(measure.high) == pytest.approx(0.025, rel=1e-6)
+        assert estimate.p_above(measure.low) == pytest.approx(0.025, rel=1e-6)
+        assert estimate.p_below(0.7) == 0.5
+        assert estimate.p_below(measure.low) == pytest.approx(0.975, rel=1e-6)
+
+
+def test_the_p_value_of_one_source_is_that_of_a_t_test() -> None:
+    values = np.random.default_rng(8).normal(0.4, 1, 30)
+    assert s.average(values).p_above(0) == pytest.approx(
+        stats.ttest_1samp(values, 0, alternative="greater").pvalue, rel=1e-6
+    )
+
+
+def test_holm_agrees_with_a_worked_example() -> None:
+    # Holm's step-down by hand: 4 x 0.01, 3 x 0.02 raised to what came before, and so on.
+    assert d.holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert d.holm([0.9, 0.6]) == [1.0, 1.0]
+    assert d.holm([0.02]) == [0.02]
+    assert d.holm([]) == []
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_an_interval_over_seeds_covers_the_truth_however_much_trainings_vary(seeds: int) -> None:
+    rng = np.random.default_rng(9)
+    for spread in (0.0, 0.3, 3.0):
+        covered = 0
+        for _ in range(400):
+            trainings = rng.normal(0, spread, seeds)
+            values = trainings[:, None] + rng.normal(0, 3, (seeds, 100))
+            found = s.average(values.mean(axis=0)).over_seeds(values.mean(axis=1)).measure()
+            covered += found.low <= 0 <= found.high
+        # 92.8 % lies two binomial errors below the nominal rate.
+        assert covered / 400 >= 0.928, spread
+
+
+def test_one_seed_adds_no_chance_and_too_few_batches_stay_without_an_interval() -> None:
+    values = np.random.default_rng(3).normal(10, 2, 50)
+    alone = s.average(values)
+    assert alone.over_seeds(np.array([10.0])) == alone
+    two = s.average(np.array([1.0, 2.0]), np.array([0, 1]))
+    assert two.over_seeds(np.array([1.0, 2.0])).measure().low is None
 
 
 @given(
@@ -189,13 +258,3 @@ def test_a_saving_by_shorter_answers_alone_is_all_length() -> None:
     length, per_token = s.decompose(0.8, 0.8)
     assert length == pytest.approx(20)
     assert per_token == pytest.approx(0)
-
-
-def test_seeds_are_pooled_over_the_samples_all_of_them_hold() -> None:
-    ids, pooled = s.pool_seeds(
-        [["a", "b", "c"], ["c", "a"]],
-        [np.array([[1.0], [2.0], [3.0]]), np.array([[5.0], [math.nan]])],
-    )
-    assert ids == ["a", "c"]
-    assert math.isnan(pooled[0, 0])
-    assert pooled[1, 0] == 4.0

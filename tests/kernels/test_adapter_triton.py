@@ -115,7 +115,7 @@ def side_by_side(
     for layer in range(LAYERS):
         oracle(layer, prompt_WTD)
         prompt(layer, prompt_WTD)
-    log_LQS = prompt.counts_QLS.transpose(0, 1).contiguous()
+    log_LQS = prompt.log().sum(0).transpose(0, 1).contiguous()
     weights = fused_weights(adapters, dtype, order)
     fused = FusedDecode(weights, prompt_ledger, log_LQS, beams=beams, joined=joined)
     real_W = torch.ones(rows, dtype=torch.bool, device=DEVICE)
@@ -126,7 +126,7 @@ def side_by_side(
             expected, y = oracle(layer, h_W1D), fused.steps[layer](h_W1D, real_W)
             # The values show which directions ran; the log, how many.
             torch.testing.assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-            assert torch.equal(log_LQS[layer], oracle.counts_QLS[:, layer])
+            assert torch.equal(log_LQS[layer], oracle.log().sum(0)[:, layer])
     if oracle_ledger is not None:
         assert torch.equal(prompt_ledger.purse_LQ, oracle_ledger.purse_LQ)
         assert torch.equal(prompt_ledger.seen_LQ, oracle_ledger.seen_LQ)

@@ -14,6 +14,7 @@ from store_records import Script, a_run, broken_off, fill, first_line
 
 from hestctl.errors import Exit, HestError
 from hestctl.runs import recording
+from hestctl.store import migrations
 from hestctl.store.index import TABLES
 from hestctl.store.queries import connect, find_stores, get_run, latest_calibration, latest_run, list_runs
 from hestctl.store.store import Store
@@ -175,15 +176,21 @@ def test_what_others_record_meanwhile_is_not_seen(stores: list[Store]) -> None:
         assert con.execute("SELECT count(*) FROM samples").fetchall() == [(8,)]
 
 
+@pytest.mark.parametrize("older", [False, True])
 def test_nothing_is_left_in_the_temporary_folder(
-    stores: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stores: list[Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: bool
 ) -> None:
+    if older:
+        newer = (*migrations.MIGRATIONS, lambda con: con.execute("ALTER TABLE steps ADD COLUMN note VARCHAR"))
+        monkeypatch.setattr(migrations, "MIGRATIONS", newer)
     aside = tmp_path / "temporary"
     aside.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(aside))
     with connect([str(stores[0].db)]) as con:
         assert list(aside.iterdir()) == []
         assert con.execute("SELECT count(*) FROM runs").fetchall() == [(2,)]
+        in_memory = "SELECT sum(memory_usage_bytes) FROM duckdb_memory() WHERE tag = 'IN_MEMORY_TABLE'"
+        assert con.execute(in_memory).fetchall()[0][0] < 1 << 20
 
 
 @pytest.mark.parametrize("reason", ["no folder", "no room"])

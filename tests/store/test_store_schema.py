@@ -150,6 +150,21 @@ def test_a_search_of_schema_3_is_read_with_what_later_trials_have(
     assert found == [("old-1", 2.5, None, None), ("new-1", 3.0, 31.5, "predicted")]
 
 
+def test_uses_of_schema_4_are_read_without_positions(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as early:
+        early.setattr(migrations, "MIGRATIONS", migrations.MIGRATIONS[:4])
+        with recording(store, a_run("old-1")) as recorder:
+            fill(recorder)
+    query = "SELECT run_id, count, phase, position FROM utilisation ORDER BY run_id DESC"
+    with connect([str(store.db)]) as con:
+        assert con.execute(query).fetchall() == [("old-1", 12, None, None)]
+    with recording(store, a_run("new-1")) as recorder:
+        recorder.layer_use(LayerUse(0, "int8", 7, 0.5, "new", 16))
+    with store.reading() as con:
+        found = con.execute(query).fetchall()
+    assert found == [("old-1", 12, None, None), ("new-1", 7, "new", 16)]
+
+
 def refused(store: Store) -> HestError:
     """The error that writing, reading and comparing all give, with nothing recorded."""
     errors = []

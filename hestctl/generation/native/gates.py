@@ -6,7 +6,8 @@ beams follow. The ledger still pays for a prompt as often as there are beams (E_
 the log counts what ran.
 
 Shape legend: Q requests, B beams, W rows (Q * B), N tokens of the prompts with padding, M real ones,
-T the ledger's grid, D hidden size, L layers, R directions, S = 3 states.
+T the ledger's grid, D hidden size, L layers, R directions, S = 3 states, P positions as
+``generation.positions`` has them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hestctl.hardening.plan import Plan
 from hestctl.kernels.adapter import AdapterWeights
 from hestctl.kernels.int8 import Int8Linear
 from hestctl.model.spectral import SpectralAdapters, normalise
-from hestctl.records import FULL, INT8
+from hestctl.records import FULL, INT8, NEW_PART, PROMPT_PARTS
 
 
 class Directions:
@@ -64,8 +65,8 @@ class Gates:
     """The adapters of one batch shape: ``begin`` a batch, then ``prompt`` layer by layer.
 
     A decode step is ``start``, ``token`` layer by layer, ``tally``; where ``fused``, by the kernel of
-    ``generation.fused`` (``why_not_fused`` has no objection then). ``counts_QLS`` is the log of the states
-    that ran.
+    ``generation.fused`` (``why_not_fused`` has no objection then). ``log`` is of the states that ran;
+    ``step`` before each step keeps its positions apart, from outside a graph.
     """
 
     def __init__(
@@ -86,18 +87,30 @@ class Gates:
         self._step_LWR: list[Tensor] = []
         self._fixed = {} if plan is None else plan.fixed_states(device)
         self._ledger = None if plan is None else plan.ledger([1] * requests, 0, None, device)
-        counts_LQS = torch.zeros(layers, requests, 3, dtype=torch.int64, device=device)
-        self.counts_QLS = counts_LQS.transpose(0, 1)
+        self._requests, self._steps = requests, 0
+        self._prompt_LCS = torch.zeros(
+            layers, requests * PROMPT_PARTS, 3, dtype=torch.int64, device=device
+        )  # C: a part of one request's prompt
+        self._decoded_LQS = torch.zeros(layers, requests, 3, dtype=torch.int64, device=device)
+        self._marks_LQS: list[Tensor] = []
         self._fused = None
         if fused:
             order_LR = None if self._ledger is None else self._ledger.order_LR
             weights = directions.step_weights(order_LR)
-            self._fused = FusedDecode(weights, self._ledger, counts_LQS, beams=beams)
+            self._fused = FusedDecode(weights, self._ledger, self._decoded_LQS, beams=beams)
 
     def begin(self, prompts: Prompts, new_tokens: int) -> None:
         """A new batch of at most ``new_tokens`` each (0: scored alone): empty log, fresh purses."""
         self._prompts = prompts
-        self.counts_QLS.zero_()
+        cells = [
+            row * PROMPT_PARTS + torch.arange(length) * PROMPT_PARTS // length
+            for row, length in enumerate(prompts.lengths)
+        ]
+        self._cell_M = torch.cat(cells).to(self._device)
+        self._prompt_LCS.zero_()
+        self._decoded_LQS.zero_()
+        self._marks_LQS.clear()
+        self._steps = 0
         if self._plan is not None and self._ledger is not None:
             beams = self._beams if new_tokens else None
             fresh = self._plan.ledger(prompts.lengths, new_tokens, beams, self._device)
@@ -116,11 +129,26 @@ class Gates:
         if self._ledger is not None:
             state_MR = self._allowed(layer, state_MR)
         used_MS = (state_MR[..., None] == self._states_S).sum(1)
-        self.counts_QLS[:, layer].index_add_(0, self._prompts.row_R, used_MS)
+        self._prompt_LCS[layer].index_add_(0, self._cell_M, used_MS)
         delta_MD = self._directions.delta(x_MD, layer, state_MR)
         if real_M is None:
             return hidden_ND + delta_MD
         return hidden_ND.index_add(0, real_M, delta_MD)
+
+    def step(self) -> None:
+        """Count one step; what was decoded before each ``NEW_PART`` is kept."""
+        if self._steps % NEW_PART == 0:
+            self._marks_LQS.append(self._decoded_LQS.clone())
+        self._steps += 1
+
+    def log(self) -> Tensor:
+        """How often which states ran since ``begin``, (P, Q, L, S) on the device."""
+        layers = len(self._prompt_LCS)
+        prompt_PQLS = self._prompt_LCS.view(layers, self._requests, PROMPT_PARTS, 3).permute(2, 1, 0, 3)
+        if not self._marks_LQS:
+            return prompt_PQLS
+        new_PLQS = torch.stack([*self._marks_LQS, self._decoded_LQS]).diff(dim=0)
+        return torch.cat((prompt_PQLS, new_PLQS.transpose(1, 2)))
 
     def start(self, alive: Tensor) -> None:
         """A step begins; once ``alive`` () is false nothing is open or paid for."""
@@ -145,8 +173,7 @@ class Gates:
         state_LWR = torch.stack(self._step_LWR)
         self._step_LWR.clear()
         used_LWRS = (state_LWR[..., None] == self._states_S) * self._real_W[:, None, None]
-        layers, requests = len(state_LWR), len(self.counts_QLS)
-        self.counts_QLS += used_LWRS.view(layers, requests, -1, 3).sum(2).transpose(0, 1)
+        self._decoded_LQS += used_LWRS.view(len(state_LWR), self._requests, -1, 3).sum(2)
 
     def _decide(self, x_BTD: Tensor, layer: int) -> Tensor:
         if layer in self._fixed:

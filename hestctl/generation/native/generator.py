@@ -170,7 +170,7 @@ class NativeGenerator:
 
     @torch.inference_mode()
     def label_scores(self, rows: Sequence[Encoded]) -> tuple[Tensor, Tensor | None]:
-        """Logits of the first answer token, (Q, V) on the CPU, and the log of states."""
+        """Logits of the first answer token, (Q, V) on the CPU, and the log of states, (P, Q, L, S)."""
         sequences = [row.prompt_ids for row in rows]
         self._warm = True
         x_ND, prompts, gates = self._over(sequences, left=True)
@@ -289,7 +289,7 @@ def _parts(rows: Sequence[Encoded], size: int) -> list[Sequence[Encoded]]:
 
 
 def _log(gates: Gates | None) -> Tensor | None:
-    return None if gates is None else gates.counts_QLS.cpu().clone()
+    return None if gates is None else gates.log().cpu()
 
 
 def _refuse(reason: str | None) -> None:

@@ -107,6 +107,8 @@ class Session:
 
     def decode(self) -> None:
         """One more token for every row."""
+        if self.gates is not None:
+            self.gates.step()
         if not self._static:
             self._used += self._shape.beams
         self._run()

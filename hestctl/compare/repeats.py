@@ -1,0 +1,90 @@
+"""The A/A control: what this comparison calls a difference where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hestctl.compare import decisions, pairs
+from hestctl.compare.decisions import REPEATABILITY
+from hestctl.compare.loading import Config, Entry, Loaded, config_of
+from hestctl.compare.matching import Matched
+from hestctl.compare.results import Repeat, Repeatability
+from hestctl.records import EnergyKind, Run
+
+_WORK = ("backbone", "data", "generation")
+_TRAINING = ("method", "budget", "train")
+"""Sections of the settings that make a run what it is; the others say how it was watched and stored."""
+
+
+def repeats(
+    made: Sequence[Entry], superseded: Sequence[tuple[Loaded, Loaded]], kind: EnergyKind, margin: float
+) -> tuple[Repeat, ...]:
+    """Every A/A pair: a run and the later one of the same settings and seed; a ``base`` and its other seeds.
+
+    ``base`` is not trained, so that its seeds are the same model. Only metered joules make a pair.
+    """
+    if kind != "measured":
+        return ()
+    labels = {entry.config: entry.label for entry in made}
+    found = [
+        _repeat(labels, older, newer, f"seed {older.run.seed} twice", margin)
+        for older, newer in superseded
+        if _alike(older.run, newer.run, (*_WORK, *_TRAINING))
+    ]
+    for entry in made:
+        if entry.config.method == "base":
+            first, *others = entry.members
+            found += [
+                _repeat(
+                    labels, first, other, f"seeds {first.run.seed} and {other.run.seed}, untrained", margin
+                )
+                for other in others
+                if _alike(first.run, other.run, _WORK)
+            ]
+    return tuple(one for one in found if one.ratio.value is not None)
+
+
+def repeatability(found: Sequence[Repeat]) -> Repeatability:
+    """The largest difference of the A/A pairs, never less than the fixed 2 %."""
+    fixed = f"{100 * REPEATABILITY:g} %"
+    if not found:
+        return Repeatability(
+            REPEATABILITY,
+            f"not measured; {fixed} is taken from repeated runs of one model on one board (two finished runs "
+            "of one configuration and seed would measure it here)",
+        )
+    # Which of the two came first says nothing, so the larger one is divided by the smaller.
+    differences = [max(one.ratio.value or 1.0, 1 / (one.ratio.value or 1.0)) - 1 for one in found]
+    largest = max(differences)
+    count = f"{len(found)} A/A pair{'s' if len(found) > 1 else ''}"
+    where = found[differences.index(largest)].label
+    told = f"{100 * largest:.2g} % is the largest difference of {count} ({where})"
+    if largest <= REPEATABILITY:
+        return Repeatability(REPEATABILITY, f"{fixed}: {told}, and no less than {fixed} is granted")
+    return Repeatability(largest, f"{told}, and takes the place of {fixed}")
+
+
+def _repeat(labels: Mapping[Config, str], older: Loaded, newer: Loaded, kind: str, margin: float) -> Repeat:
+    config = config_of(older.run)
+    assert config is not None
+    first, second = (Entry.of(config, labels[config], [one]) for one in (newer, older))
+    ratio = Matched(first, second).paired("energy_j").ratio("energy_j").measure()
+    score = pairs.quality(first, second, margin)
+    return Repeat(
+        label=labels[config],
+        kind=kind,
+        run_ids=(older.run.run_id, newer.run.run_id),
+        samples=ratio.n,
+        ratio=ratio,
+        energy=decisions.energy_verdict(ratio),
+        quality_metric=score.metric,
+        quality_difference=score.difference,
+        quality=score.verdict,
+    )
+
+
+def _alike(first: Run, second: Run, sections: Sequence[str]) -> bool:
+    """The same work by the same versions: a new driver or library is no repetition."""
+    return first.versions == second.versions and all(
+        first.settings.get(section) == second.settings.get(section) for section in sections
+    )
