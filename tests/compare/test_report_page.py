@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -485,19 +486,28 @@ def test_a_report_may_be_written_again(tmp_path: Path, whole: tuple[Comparison, 
     assert {path.name for path in place.parent.iterdir()} == {"report.html", "report.md"}
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_an_interrupted_write_leaves_the_old_page_whole(
-    tmp_path: Path, whole: tuple[Comparison, Document], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: tuple[Comparison, Document], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     place = tmp_path / "report.html"
-    place.write_text("old")
+    pages.write(whole[1], place)
+    for path in tmp_path.iterdir():
+        path.write_text("old")
+    real = os.fsync
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(descriptor: int) -> None:
+        """Ctrl-C when the bytes of ``name`` are written and not yet on the disk."""
+        if name in Path(os.readlink(f"/proc/self/fd/{descriptor}")).name:
+            raise KeyboardInterrupt
+        real(descriptor)
 
     monkeypatch.setattr("hestctl.store.files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pages.write(whole[1], place)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md"}
+    assert place.read_text() == "old"
+    assert ((tmp_path / "report.md").read_text() == "old") == (name == "report.md")
 
 
 def test_the_templates_are_in_the_package() -> None:
