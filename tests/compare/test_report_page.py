@@ -18,8 +18,10 @@ from simulated_report import calibration, settings_of, wide_study
 from simulated_runs import a_run, add, classified, empty_store, generated
 
 from hestctl.compare import chapters, evidence, pages
+from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Code, Document, Fold, Grid, Picture, Section
+from hestctl.compare.figures import TOPICS
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES
 from hestctl.compare.names import shortener
 from hestctl.compare.results import METRICS, Comparison
@@ -349,6 +351,10 @@ def test_figures_are_in_the_page_and_beside_the_markdown(tmp_path: Path) -> None
         assert one.title.endswith("?")
         assert one.caption in page.text
         assert (one.data[:5] == b"<?xml") == (one.mime == "image/svg+xml")
+
+
+def test_every_figure_says_what_it_answers() -> None:
+    assert CAPTIONS.keys() == TOPICS.keys()
 
 
 def test_a_large_figure_is_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
