@@ -5,77 +5,71 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+_BUDGET: Final = (
+    "Points are samples, joules in scope as the energy table predicts them; the level or rising line is "
+    "E_max: a point above it is a sample over its budget. The dashed line is what TABS takes."
+)
+_LEARNING: Final = "Thin lines are seeds, bold ones their mean. "
+
 CAPTIONS: Final[Mapping[str, tuple[str, str]]] = {
-    "comparison_energy": (
-        "Who spends the fewest joules at equal quality?",
-        "Each mark is a mean, each line its 95 % interval; further left is better. Filled marks are shown "
-        "not to be inferior to the best baseline; hollow ones may be cheap because they are worse.",
+    "energy": (
+        "Who spends the fewest joules per sample at equal quality?",
+        "Means over the test samples with 95 % intervals, the least at the top. Filled where the quality is "
+        "not inferior to the best baseline, hollow where that is not shown.",
     ),
-    "comparison_front": (
+    "front": (
         "What does a saving cost in quality?",
-        "Up and to the left is better; the dashed line joins what nothing else beats in both. Where two "
-        "vertical bars overlap, this figure does not tell the two apart; the gap table compares sample by "
-        "sample and is the sharper of the two.",
+        "Up and to the left is better; small marks are seeds. Where two vertical bars overlap, this figure "
+        "does not tell the two apart; the gap table compares sample by sample and is the sharper of the two.",
     ),
-    "comparison_parts": (
+    "parts": (
         "Where do the joules go?",
-        "The same joules twice: by phase, as the energy model apportions them, and by cause. Idle is what "
-        "the device draws at rest in that time; the share of the adapters' directions is predicted.",
+        "Mean joules per sample by phase and by cause. What was not measured is left out, never drawn as 0.",
     ),
-    "comparison_energy_distribution": (
+    "energy_distribution": (
         "Is the mean carried by a few samples?",
         "Points are samples, boxes quartiles. Compare whole boxes: a saving that is real moves all of them.",
     ),
-    "comparison_latency": (
+    "latency": (
         "How long does a sample take, and how long the slowest?",
         "Points are samples, boxes quartiles, the long bar the 99th percentile where there are enough "
         "samples.",
     ),
-    "comparison_budget_adapter": (
-        "Is the budget of the adapters' directions kept at every length?",
-        "Points are samples, joules of the directions as the energy table predicts them; the line is E_max. "
-        "A point above it is a sample over its budget. The dashed line is what TABS takes.",
-    ),
-    "comparison_budget_network": (
-        "Is the budget of whole generations kept at every length?",
-        "Points are samples, joules of the whole generation as the energy table predicts them; the line is "
-        "E_max, which grows with length. The dashed line is what TABS takes.",
-    ),
-    "comparison_length": (
+    "budget_adapter": ("Is the budget over the directions alone kept at every length?", _BUDGET),
+    "budget_network": ("Is the budget over the whole generation kept at every length?", _BUDGET),
+    "length": (
         "How do joules grow with length?",
         "Points are repetitions of profile runs, lines join their means.",
     ),
-    "comparison_depth": (
-        "Which layers work, and how hard?",
-        "Each bar is a layer: the share of its directions, over all tokens, that ran in full, in int8, or "
-        "not at all. Columns A and M are the states of the layer's own attention and MLP.",
+    "depth": (
+        "Which layers were kept, quantised or left out?",
+        "Shares of a layer's directions in each state over all tokens, and the states of its own two blocks.",
     ),
-    "comparison_position": (
-        "Do prompts and answers, early and late tokens, get the same?",
-        "Each bar is a tenth of the prompt, or a step of new tokens, over all layers.",
+    "position": (
+        "When are directions used?",
+        "Shares of the states along the prompt (in tenths) and along the answer (by tokens).",
     ),
-    "comparison_confusion": (
+    "confusion": (
         "Which labels are taken for which?",
-        "Each row is a true label and adds up to 100 %; the diagonal is right.",
+        "Percent of the samples of each true label; the diagonal is right.",
     ),
-    "comparison_learning_loss": (
-        "Did every configuration learn?",
-        "Bold lines are means over seeds, diamonds the validation loss. Curves that still fall were stopped "
-        "early.",
+    "learning_loss": (
+        "Had the loss settled?",
+        _LEARNING + "Task loss in nats a token, without the budget's part.",
     ),
-    "comparison_learning_energy": (
-        "Did training meet the budget?",
-        "Joules over E_max as the gates decide, predicted; at the level line the budget is met.",
+    "learning_energy": (
+        "How was the budget reached?",
+        _LEARNING + "Joules as the gates decide, predicted, over E_max: 1 is the budget.",
     ),
-    "comparison_learning_multiplier": (
-        "Did the budget bind?",
-        "The multiplier rises while the gates ask for more than E_max; where it stays at zero, the budget "
-        "cost nothing.",
+    "learning_multiplier": (
+        "How hard did the budget press?",
+        _LEARNING
+        + "The multiplier weighs energy against task loss; where it still moves, training was short.",
     ),
-    "comparison_meter": (
-        "What are the meter's figures worth?",
-        "Each mark is a run. A saving smaller than the error bound, or than what A/A pairs differ by, is "
-        "none; windows of few counter steps have wide bounds.",
+    "meter": (
+        "How far can the joules themselves be trusted?",
+        "The meter's error bound beside its joules, windows that do not count, and window lengths against "
+        "the counter's own step, run by run. A saving smaller than what A/A pairs differ by is none.",
     ),
 }
 """The question, and how to read the answer."""

@@ -44,7 +44,7 @@ def pictures(
 
 
 def _picture(path: Path, mime: str) -> Picture:
-    question, reading = CAPTIONS[path.stem]
+    question, reading = CAPTIONS[path.stem.removeprefix("comparison_")]
     data = path.read_bytes()
     return Picture(path.name, question, reading, mime, _fewer_colours(data) if mime == "image/png" else data)
 

@@ -363,6 +363,7 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         )
         for repeat in comparison.repeats
     )
+    rows = rows or (("none in these stores", NOT_MEASURED, "", NOT_MEASURED, ""),)
     headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
     return TextTable("A/A control", headers, rows, (*notes.lines(), remark))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import os
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -17,8 +18,10 @@ from simulated_report import calibration, settings_of, wide_study
 from simulated_runs import a_run, add, classified, empty_store, generated
 
 from hestctl.compare import chapters, evidence, pages
+from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Code, Document, Fold, Grid, Picture, Section
+from hestctl.compare.figures import TOPICS
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES
 from hestctl.compare.names import shortener
 from hestctl.compare.results import METRICS, Comparison
@@ -350,6 +353,10 @@ def test_figures_are_in_the_page_and_beside_the_markdown(tmp_path: Path) -> None
         assert (one.data[:5] == b"<?xml") == (one.mime == "image/svg+xml")
 
 
+def test_every_figure_says_what_it_answers() -> None:
+    assert CAPTIONS.keys() == TOPICS.keys()
+
+
 def test_a_large_figure_is_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hestctl.compare.pictures.VECTOR_BYTES", 1)
     _, document = made(wide_study(8, seeds=1), draw=True)
@@ -485,19 +492,28 @@ def test_a_report_may_be_written_again(tmp_path: Path, whole: tuple[Comparison, 
     assert {path.name for path in place.parent.iterdir()} == {"report.html", "report.md"}
 
 
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
 def test_an_interrupted_write_leaves_the_old_page_whole(
-    tmp_path: Path, whole: tuple[Comparison, Document], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, whole: tuple[Comparison, Document], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     place = tmp_path / "report.html"
-    place.write_text("old")
+    pages.write(whole[1], place)
+    for path in tmp_path.iterdir():
+        path.write_text("old")
+    real = os.fsync
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(descriptor: int) -> None:
+        """Ctrl-C when the bytes of ``name`` are written and not yet on the disk."""
+        if name in Path(os.readlink(f"/proc/self/fd/{descriptor}")).name:
+            raise KeyboardInterrupt
+        real(descriptor)
 
     monkeypatch.setattr("hestctl.store.files.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pages.write(whole[1], place)
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report.html": "old"}
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report.md"}
+    assert place.read_text() == "old"
+    assert ((tmp_path / "report.md").read_text() == "old") == (name == "report.md")
 
 
 def test_the_templates_are_in_the_package() -> None:
