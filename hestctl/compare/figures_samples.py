@@ -73,7 +73,8 @@ def budget(canvas: Canvas, scope: Scope) -> Figure:
             left,
         ),
     ]
-    return Figure(plot, 1.6 + 1.3 * rows_of(len(labels)))
+    rows = rows_of(len(labels))
+    return Figure(plot, 1.6 + (1.3 * rows if rows > 1 else 2.2))
 
 
 def length(canvas: Canvas) -> Figure:

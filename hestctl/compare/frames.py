@@ -102,7 +102,8 @@ def front(comparison: Comparison) -> pd.DataFrame:
     for one in configurations(comparison.rows):
         spent, score = one.measure(PRIMARY), one.measure(comparison.quality_metric)
         if spent.value is None or score.value is None:
-            reason = spent.reason or score.reason or reason
+            lacking = spent if spent.value is None else score
+            reason = lacking.reason or reason
             continue
         found.append([one.label, spent.value, *edges(spent), score.value, *edges(score)])
     if not found:
@@ -157,7 +158,7 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
             continue
         prefill, decode = one.measure("prefill_j_per_sample"), one.measure("decode_j_per_sample")
         if prefill.value is None or decode.value is None:
-            reason = f"phases {prefill.reason or decode.reason or 'not told apart'}"
+            reason = prefill.reason or decode.reason or "phases were not told apart"
             lacking.setdefault(reason, []).append(one.label)
         else:
             found += [
@@ -166,7 +167,7 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
             ]
         net = one.measure("energy_net_j_per_sample")
         if net.value is None:
-            lacking.setdefault(f"idle draw: {net.reason or 'not known'}", []).append(one.label)
+            lacking.setdefault("idle draw: the meter does not know it", []).append(one.label)
             continue
         found.append((one.label, "by cause", "idle", gross.value - net.value))
         adapters = directions.get(one.label)

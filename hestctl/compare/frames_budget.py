@@ -57,7 +57,8 @@ def beside(budgets: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
     tabs = next((label for label in of_tabs if label in present), None)
     line = _medians(budgets[budgets["configuration"] == tabs], "joules")
     others = [label for label in present if label != tabs]
-    return pd.concat([line.iloc[0:0], *(line.assign(configuration=label) for label in others)])
+    none = line.iloc[0:0].assign(configuration=None)
+    return pd.concat([none, *(line.assign(configuration=label) for label in others)])
 
 
 def length(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:

@@ -27,8 +27,10 @@ def learning(connection: duckdb.DuckDBPyConnection, comparison: Comparison, colu
         connection, comparison, f"step, split, {column}::DOUBLE AS value", "steps", f"{column} IS NOT NULL"
     )
     if frame.empty:
-        trained = any(row.method != "base" for row in comparison.rows)
-        raise NoDataError(f"no step has a {column}" if trained else "base is not trained")
+        if all(row.method == "base" for row in comparison.rows):
+            raise NoDataError("base is not trained")
+        no_budget = "no run here is trained towards a budget"
+        raise NoDataError("no step was recorded" if column == "task_loss" else no_budget)
     kept = []
     for _, part in frame.groupby(["run_id", "split"], observed=True):
         rising = part.sort_values("step")
@@ -62,8 +64,8 @@ def turns(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.D
 def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
     """``configuration, panel, value, low, high``, a row a run, and what is not known and why.
 
-    The bound on a sample's joules relative to them, the share of windows that do not count, how long windows
-    are against the counter's step (median, with the shortest and the longest),
+    The bound on a sample's joules relative to them, the share of generation's windows that do not count, how
+    long they are against the counter's step (median, with the shortest and the longest),
     and by how much the joules of A/A pairs differ.
     """
     reasons: list[str] = []
@@ -80,7 +82,7 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         comparison,
         "valid::INT AS valid, end_s - start_s AS length_s",
         "windows",
-        "kind <> 'none'",
+        "kind <> 'none' AND phase = 'generation'",
     )
     if windows.empty:
         reasons.append("no window of the meter was recorded")

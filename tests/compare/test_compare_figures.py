@@ -81,6 +81,21 @@ def test_a_figure_takes_one_or_a_few_queries_however_many_runs_there_are() -> No
         assert counting.queries <= 3, topic
 
 
+@pytest.mark.parametrize("method", ["tabs", "hest", "lora", "base"])
+def test_one_run_of_few_samples_is_drawn_as_far_as_it_goes(method: str, tmp_path: Path) -> None:
+    connection = empty_store()
+    run = a_run(method, 1)
+    scope_j = 0.02 if method in ("tabs", "hest") else None
+    samples = [replace(one, rouge_lsum=None) for one in generated(run, 2, scope_j=scope_j)]
+    uses = used(method)[:3] if scope_j else []
+    add(connection, run, samples=samples, utilisation=uses, windows=metered(run, samples))
+    drawn = draw(connection, compare(connection), tmp_path, dpi=40)
+    names = {path.stem.removeprefix("comparison_") for path in drawn}
+    assert {"energy", "parts", "energy_distribution", "latency", "meter"} <= names
+    assert ({"budget_adapter", "depth", "position"} <= names) == (scope_j is not None)
+    assert drawn.reasons["comparison_front"] == "the texts were not scored"
+
+
 def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
     connection = empty_store()
     changes = {"energy_kind": "none", "meter": "none"}
@@ -94,7 +109,8 @@ def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
     assert "hestctl calibrate" in drawn.reasons["comparison_budget_adapter"]
     assert "hestctl profile" in drawn.reasons["comparison_length"]
     assert drawn.reasons["comparison_depth"] == "none of these methods has directions"
-    assert drawn.reasons["comparison_learning_loss"] == "no step has a task_loss"
+    assert drawn.reasons["comparison_learning_loss"] == "no step was recorded"
+    assert "budget" in drawn.reasons["comparison_learning_multiplier"]
     assert "no window of the meter was recorded" in drawn.reasons["comparison_meter"]
 
 

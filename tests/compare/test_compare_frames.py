@@ -102,7 +102,7 @@ def test_what_is_not_measured_is_no_part_and_named() -> None:
     frame, lacking = frames.parts(connection, compare(connection))
     assert set(frame["configuration"]) == {"bhsp"}
     assert set(frame["part"]) == {"prefill", "decode", "idle", "all else"}
-    assert any("phases" in reason and "hest 0.6" in reason for reason in lacking)
+    assert any("prefill" in reason and "hest 0.6" in reason for reason in lacking)
     assert any("idle" in reason and "hest 0.6" in reason for reason in lacking)
     assert any("directions" in reason and "bhsp" in reason for reason in lacking)
 
@@ -234,7 +234,8 @@ def test_the_meter_is_judged_by_its_bound_its_windows_and_its_step() -> None:
     run = a_run("hest", 1)
     samples = generated(run, 40)
     windows = metered(run, samples, invalid=2)
-    add(connection, run, samples=samples, windows=windows)
+    training = replace(windows[0], phase="training", end_s=900.0)
+    add(connection, run, samples=samples, windows=[training, *windows])
     add(connection, replace(calibrated(step_s=0.2), created_at="2025-11-19T10:00:00+00:00"))
     add(connection, replace(calibrated(91, step_s=9.0), device_uuid="GPU-2"))
     add(connection, replace(calibrated(89, step_s=5.0), created_at="2025-11-18T10:00:00+00:00"))
