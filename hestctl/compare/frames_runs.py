@@ -65,8 +65,8 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
     """``configuration, panel, value, low, high``, a row a run, and what is not known and why.
 
     The bound on a sample's joules relative to them, the share of generation's windows that do not count, how
-    long they are against the counter's step (median, with the shortest and the longest),
-    and by how much the joules of A/A pairs differ.
+    long they are against the counter's step (median, with the shortest and the longest), and by how much the
+    joules of A/A pairs differ.
     """
     reasons: list[str] = []
     found: list[tuple[str, str, float, float, float]] = []
