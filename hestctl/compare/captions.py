@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Final
 
 _BUDGET: Final = (
-    "Points are samples, joules in scope as the energy table predicts them; lines are E_max. A point above "
-    "the line of its colour is a sample over its budget. What TABS takes stands beside them."
+    "Points are samples, joules in scope as the energy table predicts them; the level or rising line is "
+    "E_max: a point above it is a sample over its budget. The dashed line is what TABS takes."
 )
 _LEARNING: Final = "Thin lines are seeds, bold ones their mean. "
 
@@ -69,7 +69,7 @@ CAPTIONS: Final[Mapping[str, tuple[str, str]]] = {
     "meter": (
         "How far can the joules themselves be trusted?",
         "The meter's error bound beside its joules, windows that do not count, and window lengths against "
-        "the counter's own step, run by run.",
+        "the counter's own step, run by run. A saving smaller than what A/A pairs differ by is none.",
     ),
 }
 """The question, and how to read the answer."""
