@@ -353,7 +353,7 @@ def _pair_remarks(pairs: Sequence[Pair]) -> tuple[str, ...]:
 def _repeat_table(comparison: Comparison) -> TextTable:
     """What the comparison calls a difference where there is none."""
     notes = Footnotes()
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (
             f"{repeat.label},\n{repeat.kind}",
             with_interval(repeat.ratio),
