@@ -22,8 +22,6 @@ p9: Any = plotnine
 def energy(canvas: Canvas) -> Figure:
     """Joules per sample, the least at the top; filled where quality is not inferior to the best baseline."""
     frame = canvas.marked(frames.energy(canvas.comparison))
-    seeds = any(len(one.rows) > 1 for one in configurations(canvas.comparison.rows))
-    over = ", over seeds where there are several" if seeds else ""
     best, margin = canvas.comparison.best_baseline, canvas.comparison.margin_points
     within = f"{margin:g} point{'' if margin == 1 else 's'}"
     frame["fill"] = frame["colour"].where(frame["equal"], canvas.ink.paper)
@@ -47,7 +45,7 @@ def energy(canvas: Canvas) -> Figure:
         + p9.labs(x=f"joules per sample, {canvas.word}", y="")
         + canvas.look(
             "Joules at equal quality",
-            f"{canvas.metered}; means with 95 % intervals{over}",
+            f"{canvas.metered}; means with {_intervals(canvas)}",
             f"filled: not inferior to {best.label} (best baseline) within {within}; "
             "hollow: inferior or undecided"
             if best
@@ -104,13 +102,18 @@ def front(canvas: Canvas) -> Figure:
         p9.scale_y_continuous(limits=y, expand=(0, 0)),
         p9.labs(x=f"joules per sample, {canvas.word}", y=title),
     ]
-    says = "small: seeds; bars: 95 % intervals" if len(seeds) else "bars: 95 % intervals"
+    says = f"{'small: seeds; ' if len(seeds) else ''}bars: {_intervals(canvas)}"
     says += "; dashed line: no other has fewer joules and a higher score" if len(best) > 1 else ""
     if chance is not None:
         plot += p9.geom_hline(yintercept=chance, linetype="dotted", color=canvas.ink.muted)
         says += "; dotted: chance level"
     plot += canvas.look("Quality against joules", f"joules {canvas.metered}", says)
     return Figure(plot, height_in)
+
+
+def _intervals(canvas: Canvas) -> str:
+    several = any(one.seeds > 1 for one in configurations(canvas.comparison.rows))
+    return "95 % intervals" + (" over seeds" if several else "")
 
 
 def _steps(best: pd.DataFrame) -> list[Box]:
