@@ -367,7 +367,9 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         )
         for repeat in comparison.repeats
     )
-    rows = rows or (("none in these stores", NOT_MEASURED, "", NOT_MEASURED, ""),)
+    if not rows:
+        unknown = notes.missing("no two finished runs are of one configuration and seed")
+        rows = (("none in these stores", unknown, "-", unknown, "-"),)
     headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
     return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
