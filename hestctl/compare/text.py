@@ -368,7 +368,11 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         for repeat in comparison.repeats
     )
     if not rows:
-        unknown = notes.missing("no two finished runs are of one configuration and seed")
+        unknown = notes.missing(
+            "no two finished runs are of one configuration and seed"
+            if comparison.energy_kind == "measured"
+            else f"the joules are {comparison.energy_word}"
+        )
         rows = (("none in these stores", unknown, "-", unknown, "-"),)
     headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
