@@ -12,6 +12,7 @@ import pandas as pd
 import plotnine
 
 from hestctl.compare import frames
+from hestctl.compare.configurations import configurations
 from hestctl.compare.look import check_theme, look
 from hestctl.compare.results import PRIMARY, Comparison
 from hestctl.compare.style import BASE_SIZE, INKS, Theme, marks
@@ -57,7 +58,7 @@ class Canvas:
 
         The best of each side stay, then the one of each kind that spends the fewest joules, then what does.
         """
-        every = frames.configurations(self.comparison)
+        every = configurations(self.comparison.rows)
         present = set(frame["configuration"])
         labels = [one.label for one in every if one.label in present]
         if len(labels) <= MOST_PANELS:

@@ -1,81 +1,75 @@
-"""What each figure answers and how to read it, by the name of its file."""
+"""What each figure answers and how to read it, by its topic."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Final
 
-_STATES: Final = (
-    "Each bar is 100 % of the directions' decisions, divided by state; "
-    "a state of more numbers costs more joules."
+_BUDGET: Final = (
+    "Points are samples, joules in scope as the energy table predicts them; the level or rising line is "
+    "E_max: a point above it is a sample over its budget. The dashed line is what TABS takes."
 )
-_STEPS: Final = "Thin lines are seeds, bold ones their mean."
+_LEARNING: Final = "Thin lines are seeds, bold ones their mean. "
 
 CAPTIONS: Final[Mapping[str, tuple[str, str]]] = {
-    "comparison_energy": (
+    "energy": (
         "Who spends the fewest joules per sample at equal quality?",
-        "The fewest joules are at the top, each with its 95 % interval. Filled marks are not inferior in "
-        "quality to the best baseline; a hollow one that lies low has not been shown to be a saving.",
+        "Means over the test samples with 95 % intervals, the least at the top. Filled where the quality is "
+        "not inferior to the best baseline, hollow where that is not shown.",
     ),
-    "comparison_front": (
+    "front": (
         "What does a saving cost in quality?",
-        "Up and to the left is better. Where two vertical bars overlap, this figure does not tell the two "
-        "apart; the gap table compares sample by sample and is the sharper of the two.",
+        "Up and to the left is better; small marks are seeds. Where two vertical bars overlap, this figure "
+        "does not tell the two apart; the gap table compares sample by sample and is the sharper of the two.",
     ),
-    "comparison_parts": (
+    "parts": (
         "Where do the joules go?",
-        "Left by phase, as the energy model apportions a sample's joules, right by cause. A part that was "
-        "not measured is left out and named, never drawn as zero.",
+        "Mean joules per sample by phase and by cause. What was not measured is left out, never drawn as 0.",
     ),
-    "comparison_energy_distribution": (
+    "energy_distribution": (
         "Is the mean carried by a few samples?",
         "Points are samples, boxes quartiles. Compare whole boxes: a saving that is real moves all of them.",
     ),
-    "comparison_latency": (
+    "latency": (
         "How long does a sample take, and how long the slowest?",
-        "Points are samples, boxes quartiles, the long bar the 99th percentile where there are enough of "
-        "them.",
+        "Points are samples, boxes quartiles, the long bar the 99th percentile where there are enough "
+        "samples.",
     ),
-    "comparison_budget_adapter": (
-        "Is the budget over the adapters kept at every length?",
-        "Points are samples, with the directions' joules as the energy table predicts them; the line is "
-        "E_max. A point above its line is a sample over its budget.",
-    ),
-    "comparison_budget_network": (
-        "Is the budget over whole generations kept at every length?",
-        "Points are samples, with the joules of their generation as the energy table predicts them; the "
-        "line is E_max. A point above its line is a sample over its budget.",
-    ),
-    "comparison_length": (
+    "budget_adapter": ("Is the budget over the directions alone kept at every length?", _BUDGET),
+    "budget_network": ("Is the budget over the whole generation kept at every length?", _BUDGET),
+    "length": (
         "How do joules grow with length?",
         "Points are repetitions of profile runs, lines join their means.",
     ),
-    "comparison_depth": (
-        "Which layers are used, and in which state?",
-        f"The input layer is at the top. {_STATES} Columns A and M, where they are drawn, are the layer's "
-        "own attention and MLP.",
+    "depth": (
+        "Which layers were kept, quantised or left out?",
+        "Shares of a layer's directions in each state over all tokens, and the states of its own two blocks.",
     ),
-    "comparison_position": ("Does the use change along the prompt and the answer?", _STATES),
-    "comparison_confusion": (
-        "Which labels are mistaken for which?",
-        "A row is a true label, in percent of its samples; what is right lies where names agree.",
+    "position": (
+        "When are directions used?",
+        "Shares of the states along the prompt (in tenths) and along the answer (by tokens).",
     ),
-    "comparison_learning_loss": (
-        "Was everything trained to its end?",
-        f"{_STEPS} A loss that still falls at the right edge says that its run was stopped early.",
+    "confusion": (
+        "Which labels are taken for which?",
+        "Percent of the samples of each true label; the diagonal is right.",
     ),
-    "comparison_learning_energy": (
-        "Did training meet the budget?",
-        f"{_STEPS} Joules are predicted, over E_max; the level line is the budget itself.",
+    "learning_loss": (
+        "Had the loss settled?",
+        _LEARNING + "Task loss in nats a token, without the budget's part.",
     ),
-    "comparison_learning_multiplier": (
+    "learning_energy": (
+        "How was the budget reached?",
+        _LEARNING + "Joules as the gates decide, predicted, over E_max: 1 is the budget.",
+    ),
+    "learning_multiplier": (
         "How hard did the budget press?",
-        f"{_STEPS} A multiplier near zero says that the budget did not bind.",
+        _LEARNING
+        + "The multiplier weighs energy against task loss; where it still moves, training was short.",
     ),
-    "comparison_meter": (
-        "What are the meter's figures worth?",
-        "By run: the bound on a sample's joules, windows that do not count, and how long windows are against "
-        "the counter's step. A saving smaller than the bound is none.",
+    "meter": (
+        "How far can the joules themselves be trusted?",
+        "The meter's error bound beside its joules, windows that do not count, and window lengths against "
+        "the counter's own step, run by run. A saving smaller than what A/A pairs differ by is none.",
     ),
 }
 """The question, and how to read the answer."""

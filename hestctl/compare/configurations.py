@@ -105,4 +105,5 @@ def _over_seeds(name: str, rows: Sequence[Row]) -> Measure:
     if spread == 0:
         return Measure(mean, n=samples)
     half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
-    return Measure(mean, mean - half, mean + half, samples)
+    # None of these measures can be below zero, whatever a few seeds make of their spread.
+    return Measure(mean, max(0.0, mean - half), mean + half, samples)

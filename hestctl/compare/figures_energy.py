@@ -11,6 +11,7 @@ import plotnine
 
 from hestctl.compare import frames
 from hestctl.compare.canvas import Canvas, labels_of
+from hestctl.compare.configurations import configurations
 from hestctl.compare.labels import Box, place
 from hestctl.compare.look import Figure
 from hestctl.compare.style import BASE_SIZE, PARTS, WIDTH_IN
@@ -21,6 +22,8 @@ p9: Any = plotnine
 def energy(canvas: Canvas) -> Figure:
     """Joules per sample, the least at the top; filled where quality is not inferior to the best baseline."""
     frame = canvas.marked(frames.energy(canvas.comparison))
+    seeds = any(len(one.rows) > 1 for one in configurations(canvas.comparison.rows))
+    over = ", over seeds where there are several" if seeds else ""
     best, margin = canvas.comparison.best_baseline, canvas.comparison.margin_points
     within = f"{margin:g} point{'' if margin == 1 else 's'}"
     frame["fill"] = frame["colour"].where(frame["equal"], canvas.ink.paper)
@@ -44,7 +47,7 @@ def energy(canvas: Canvas) -> Figure:
         + p9.labs(x=f"joules per sample, {canvas.word}", y="")
         + canvas.look(
             "Joules at equal quality",
-            f"{canvas.metered}; mean over samples and seeds with 95 % interval",
+            f"{canvas.metered}; means with 95 % intervals{over}",
             f"filled: not inferior to {best.label} (best baseline) within {within}; "
             "hollow: inferior or undecided"
             if best

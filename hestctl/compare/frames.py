@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import duckdb
-import numpy as np
 import pandas as pd
-from scipy import stats
 
-from hestctl.compare.results import PRIMARY, Comparison, Row
-from hestctl.compare.statistics import LEVEL, Measure, absent
+from hestctl.compare.configurations import configurations
+from hestctl.compare.results import PRIMARY, Comparison
+from hestctl.compare.statistics import Measure
 from hestctl.compare.text import number
 
 ADAPTIVE: Final = ("hest", "tabs", "bhsp")
@@ -26,52 +24,6 @@ ADAPTIVE: Final = ("hest", "tabs", "bhsp")
 
 class NoDataError(Exception):
     """Why a topic has no data."""
-
-
-@dataclass(frozen=True, slots=True)
-class Configuration:
-    """One configuration with the rows of its seeds."""
-
-    label: str
-    rows: tuple[Row, ...]
-
-    def measure(self, name: str) -> Measure:
-        """The measure ``name`` over the seeds."""
-        return over_seeds([row.measure(name) for row in self.rows])
-
-
-def configurations(comparison: Comparison) -> list[Configuration]:
-    """Those of a comparison, in the order of print."""
-    labels = dict.fromkeys(row.config_label for row in comparison.rows)
-    return [
-        Configuration(label, tuple(row for row in comparison.rows if row.config_label == label))
-        for label in labels
-    ]
-
-
-def over_seeds(measures: Sequence[Measure]) -> Measure:
-    """The mean of a measure over seeds with its 95 % interval; that of one seed is its own.
-
-    Seeds share their samples, so what the samples leave open is no less for the mean of several; what the
-    seeds differ by comes on top, with degrees of freedom by Satterthwaite. Without joules in one seed there
-    is no mean: it would be of other seeds than the rest of the row.
-    """
-    if len(measures) == 1:
-        return measures[0]
-    lacking = next((one for one in measures if one.value is None), None)
-    if lacking is not None:
-        return absent(lacking.reason or "one seed has none")
-    values = np.array([one.value for one in measures], dtype=np.float64)
-    count, samples = len(values), max(one.n for one in measures)
-    halves = [(one.high - one.low) / 2 for one in measures if one.low is not None and one.high is not None]
-    if len(halves) < count or not np.isfinite(halves).all():
-        return Measure(float(values.mean()), n=samples)
-    within = float(np.mean(np.square(halves))) / stats.norm.ppf((1 + LEVEL) / 2) ** 2
-    between = float(values.var(ddof=1)) / count
-    total = within + between
-    freedom = math.inf if between == 0 else total**2 * (count - 1) / between**2
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(total)
-    return Measure(float(values.mean()), float(values.mean()) - half, float(values.mean()) + half, samples)
 
 
 def edges(measure: Measure) -> tuple[float, float]:
@@ -87,7 +39,9 @@ def ordered(labels: Iterable[object], comparison: Comparison) -> pd.Categorical[
     """Labels of configurations in the order of print, those without a row left out."""
     named = [str(label) for label in labels]
     present = set(named)
-    return pd.Categorical(named, [one.label for one in configurations(comparison) if one.label in present])
+    return pd.Categorical(
+        named, [one.label for one in configurations(comparison.rows) if one.label in present]
+    )
 
 
 def of_runs(
@@ -124,7 +78,7 @@ def energy(comparison: Comparison) -> pd.DataFrame:
     that its scope takes, predicted.
     """
     known, reasons = [], []
-    for one in configurations(comparison):
+    for one in configurations(comparison.rows):
         spent, share = one.measure(PRIMARY), one.measure("emax_use_percent").value
         if spent.value is None:
             reasons.append(spent.reason or "no joules")
@@ -145,7 +99,7 @@ def front(comparison: Comparison) -> pd.DataFrame:
     """
     found: list[list[object]] = []
     reason = "no values"
-    for one in configurations(comparison):
+    for one in configurations(comparison.rows):
         spent, score = one.measure(PRIMARY), one.measure(comparison.quality_metric)
         if spent.value is None or score.value is None:
             reason = spent.reason or score.reason or reason
@@ -163,7 +117,7 @@ def front_seeds(comparison: Comparison) -> pd.DataFrame:
     """``configuration, x, y``: the runs of configurations that have several."""
     found = [
         (one.label, row.measure(PRIMARY).value, row.measure(comparison.quality_metric).value)
-        for one in configurations(comparison)
+        for one in configurations(comparison.rows)
         for row in one.rows
         if len(one.rows) > 1
     ]
@@ -196,7 +150,7 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
     directions = _direction_joules(connection, comparison)
     found: list[tuple[str, str, str, float]] = []
     lacking: dict[str, list[str]] = {}
-    for one in configurations(comparison):
+    for one in configurations(comparison.rows):
         gross = one.measure(PRIMARY)
         if gross.value is None:
             lacking.setdefault(gross.reason or "no joules", []).append(one.label)
@@ -218,7 +172,7 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         adapters = directions.get(one.label)
         if adapters is not None:
             found.append((one.label, "by cause", "directions", adapters))
-        elif one.rows[0].method in ADAPTIVE:
+        elif one.method in ADAPTIVE:
             lacking.setdefault("directions: no log of states, or no plan with prices", []).append(one.label)
         found.append((one.label, "by cause", "all else", max(0.0, net.value - (adapters or 0.0))))
     told = [f"{reason} ({', '.join(labels)})" for reason, labels in lacking.items()]

@@ -63,7 +63,8 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
     """``configuration, panel, value, low, high``, a row a run, and what is not known and why.
 
     The bound on a sample's joules relative to them, the share of windows that do not count, how long windows
-    are against the counter's step (median, with the shortest and the longest).
+    are against the counter's step (median, with the shortest and the longest),
+    and by how much the joules of A/A pairs differ.
     """
     reasons: list[str] = []
     found: list[tuple[str, str, float, float, float]] = []
@@ -93,6 +94,11 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         lengths = part["length_s"] if step_s is None else part["length_s"] / step_s
         panel = SECONDS if step_s is None else STEPS
         found.append((label, panel, float(lengths.median()), float(lengths.min()), float(lengths.max())))
+    for pair in comparison.repeats:
+        # Which of the two came first says nothing.
+        ratio = pair.ratio.value or 1.0
+        differ = 100 * (max(ratio, 1 / ratio) - 1)
+        found.append((pair.label, REPEATS, differ, differ, differ))
     if not found:
         raise NoDataError("; ".join(reasons))
     frame = pd.DataFrame(found, columns=["configuration", "panel", "value", "low", "high"])

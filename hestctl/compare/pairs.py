@@ -93,7 +93,7 @@ def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Qu
             verdict, p = "inconclusive", 1.0
             reason += f"; {first.label} cannot be told from chance ({level})"
         else:
-            reason += f" ({level})"
+            reason += f", {level}"
     if detectable is not None:
         reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
     return Quality(metric, verdict, difference, p, detectable, reason)

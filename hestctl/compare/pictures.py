@@ -25,14 +25,11 @@ _COLOURS: Final = 128
 def pictures(
     connection: duckdb.DuckDBPyConnection, comparison: Comparison, theme: Theme
 ) -> tuple[list[Picture], dict[str, str]]:
-    """The figures over all runs, and for each that has nothing to draw the reason.
-
-    Figures of single runs stay out: two hundred runs would make a page that no one opens.
-    """
+    """The figures, and for each that has nothing to draw the reason."""
     found: dict[str, Picture] = {}
     with tempfile.TemporaryDirectory(prefix="hestctl-") as name:
         folder = Path(name)
-        drawn = draw(connection, comparison, folder, theme=theme, formats=("svg",), only=_of_all)
+        drawn = draw(connection, comparison, folder, theme=theme, formats=("svg",))
         large = {path.stem for path in drawn if path.stat().st_size > VECTOR_BYTES}
         for path in drawn:
             if path.stem not in large:
@@ -46,12 +43,8 @@ def pictures(
     return [found[topic] for topic in order], drawn.reasons
 
 
-def _of_all(topic: str) -> bool:
-    return topic.startswith("comparison_")
-
-
 def _picture(path: Path, mime: str) -> Picture:
-    question, reading = CAPTIONS[path.stem]
+    question, reading = CAPTIONS[path.stem.removeprefix("comparison_")]
     data = path.read_bytes()
     return Picture(path.name, question, reading, mime, _fewer_colours(data) if mime == "image/png" else data)
 

@@ -235,16 +235,15 @@ def _cheapest(side: Sequence[Entry]) -> Entry | None:
 
 def _best_proposed(side: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair]) -> Entry | None:
     """The fewest joules among those shown not inferior to the best baseline, and shown inferior to
-    none; else among all."""
+    none; else among those shown inferior to none; else among all."""
     worse = {one.proposed for one in compared if one.other_role == "baseline" and one.quality == "inferior"}
+    undecided = [entry for entry in side if entry.label not in worse]
     equal = [
         entry
-        for entry in side
-        if entry.label not in worse
-        and (pair := _pair_of(compared, entry, baseline)) is not None
-        and pair.quality == "not inferior"
+        for entry in undecided
+        if (pair := _pair_of(compared, entry, baseline)) is not None and pair.quality == "not inferior"
     ]
-    return _cheapest(equal or side)
+    return _cheapest(equal or undecided or side)
 
 
 def _entry_of(made: Sequence[Entry], method: str, beside: Entry | None) -> Entry | None:

@@ -357,7 +357,7 @@ def _pair_remarks(pairs: Sequence[Pair], reasons: bool) -> tuple[str, ...]:
 def _repeat_table(comparison: Comparison) -> TextTable:
     """What the comparison calls a difference where there is none."""
     notes = Footnotes()
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (
             f"{repeat.label},\n{repeat.kind}",
             with_interval(repeat.ratio),
@@ -367,7 +367,11 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         )
         for repeat in comparison.repeats
     )
-    headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
+    if not rows:
+        cell = notes.missing("two finished runs of one configuration and seed are a pair")
+        rows = (("none in these stores", cell, "", cell, ""),)
+    ratio = f"ratio of joules\n{comparison.energy_word} [95 %]"
+    headers = ("one model twice", ratio, "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
     return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
 

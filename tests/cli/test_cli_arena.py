@@ -139,8 +139,8 @@ def test_tables_and_figures_speak_of_accuracy(reviews: Study) -> None:
     assert "chance" in outcome.out
     assert "labels scored (no tokens written)" in outcome.out
     names = {path.name for path in (reviews.folder / "figures").iterdir()}
-    assert any("confusion" in name for name in names)
-    drawn = (reviews.folder / "figures" / "comparison_quality_energy.svg").read_text()
+    assert "comparison_confusion.svg" in names
+    drawn = (reviews.folder / "figures" / "comparison_front.svg").read_text()
     assert "accuracy" in drawn
     assert "chance level" in drawn
     listed = run_cli(reviews.folder, "runs", "list")

@@ -30,6 +30,7 @@ from simulated_runs import (
 
 from hestctl.compare import frames, frames_states
 from hestctl.compare.canvas import MOST_PANELS, Canvas
+from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.figures import TOPICS, draw
 from hestctl.compare.style import Theme, marks
 from hestctl.compare.table import compare, write_csv
@@ -113,6 +114,10 @@ def test_classification_has_a_panel_of_labels_for_every_configuration(tmp_path: 
     diagonal = table["truth"].astype(str) == table["answer"].astype(str)
     assert table.loc[diagonal, "count"].sum() == right
     assert table.groupby("truth", observed=True)["share"].sum().tolist() == pytest.approx([100.0, 100.0])
+
+
+def test_every_topic_has_a_caption() -> None:
+    assert list(CAPTIONS) == list(TOPICS)
 
 
 def test_single_topics_may_be_chosen(tmp_path: Path) -> None:

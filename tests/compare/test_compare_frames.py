@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import duckdb
@@ -25,7 +24,6 @@ from simulated_runs import (
 
 from hestctl.compare import frames, frames_budget, frames_runs, frames_states
 from hestctl.compare.labels import Box, apart, place
-from hestctl.compare.statistics import Measure, absent
 from hestctl.compare.table import compare
 from hestctl.records import PROMPT_PARTS
 
@@ -33,23 +31,6 @@ from hestctl.records import PROMPT_PARTS
 @pytest.fixture(scope="module")
 def whole() -> duckdb.DuckDBPyConnection:
     return wide_study(40)
-
-
-def test_seeds_are_joined_and_their_spread_widens_the_interval() -> None:
-    one = Measure(10.0, 9.0, 11.0, 50)
-    assert frames.over_seeds([one]) is one
-    same = frames.over_seeds([one, one, one])
-    assert (same.value, same.low, same.high) == pytest.approx((10.0, 9.0, 11.0))
-    apart_ = frames.over_seeds([replace(one, value=value) for value in (9.0, 10.0, 11.0)])
-    assert apart_.value == 10.0
-    # sd 1 over three seeds, beside the samples' own: the standard errors add up as squares.
-    se = math.hypot(1 / math.sqrt(3), 1 / 1.959964)
-    assert apart_.high - 10.0 > 1.96 * se
-    assert apart_.high - 10.0 < 4.31 * se
-    wide = frames.over_seeds([replace(one, value=value) for value in (1.0, 10.0, 19.0)])
-    assert wide.high - 10.0 == pytest.approx(4.303 * 9 / math.sqrt(3), rel=0.02)
-    assert frames.over_seeds([one, absent("no device")]).reason == "no device"
-    assert frames.over_seeds([one, Measure(12.0)]) == Measure(11.0, n=50)
 
 
 def test_joules_are_sorted_and_filled_where_quality_is_not_inferior(whole) -> None:
@@ -71,7 +52,8 @@ def test_joules_are_sorted_and_filled_where_quality_is_not_inferior(whole) -> No
     assert verdicts[found.best_baseline.label]
     assert not verdicts["base"], "11 points below the best baseline"
     assert not verdicts["lora last 4 off control"]
-    assert verdicts["hest 0.6"] == (found.equal_quality["hest 0.6"] == "not inferior")
+    assert verdicts == {label: one == "not inferior" for label, one in found.equal_quality.items()}
+    assert set(found.equal_quality.values()) == {"not inferior", "inconclusive", "inferior"}
     for pair in found.pairs:
         if pair.other == found.best_baseline.label:
             assert found.equal_quality[pair.proposed] == pair.quality
@@ -255,6 +237,7 @@ def test_the_meter_is_judged_by_its_bound_its_windows_and_its_step() -> None:
     add(connection, run, samples=samples, windows=windows)
     add(connection, replace(calibrated(step_s=0.2), created_at="2025-11-19T10:00:00+00:00"))
     add(connection, replace(calibrated(91, step_s=9.0), device_uuid="GPU-2"))
+    add(connection, replace(calibrated(89, step_s=5.0), created_at="2025-11-18T10:00:00+00:00"))
     frame, reasons = frames_runs.meter(connection, compare(connection))
     assert reasons == []
     panels = frame.set_index("panel")
@@ -281,6 +264,18 @@ def test_windows_are_in_seconds_where_no_certificate_tells_the_step() -> None:
     assert frames_runs.meter(connection, compare(connection))[1] == [
         "the step of the counter is not known: it moves in no steps"
     ]
+
+
+def test_pairs_of_one_model_show_what_is_no_difference(whole) -> None:
+    found = compare(whole)
+    frame, _ = frames_runs.meter(whole, found)
+    repeats = frame[frame["panel"] == frames_runs.REPEATS]
+    mean = dict(whole.execute("SELECT run_id, avg(energy_j) FROM samples GROUP BY run_id").fetchall())
+    for one, pair in zip(repeats.itertuples(), found.repeats, strict=True):
+        first, second = (mean[run_id] for run_id in pair.run_ids)
+        assert one.configuration == pair.label
+        assert one.value == pytest.approx(100 * (max(first, second) / min(first, second) - 1))
+    assert set(repeats["configuration"]) == {"base", "lora"}
 
 
 def test_labels_cover_neither_one_another_nor_marks_and_stay_inside() -> None:
