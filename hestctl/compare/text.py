@@ -374,7 +374,8 @@ def _repeat_table(comparison: Comparison) -> TextTable:
             else f"the joules are {comparison.energy_word}"
         )
         rows = (("none in these stores", unknown, "-", unknown, "-"),)
-    headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
+    ratio = f"ratio of joules\n{comparison.energy_word} [95 %]"
+    headers = ("one model twice", ratio, "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
     return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
 

@@ -18,10 +18,8 @@ from simulated_report import VERSIONS, calibration, settings_of, wide_study
 from simulated_runs import a_run, add, classified, empty_store, generated
 
 from hestctl.compare import chapters, evidence, pages
-from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Code, Document, Fold, Grid, Picture, Section
-from hestctl.compare.figures import TOPICS
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, gap_columns
 from hestctl.compare.names import shortener
 from hestctl.compare.results import METRICS, Comparison
@@ -231,11 +229,6 @@ def test_two_runs_of_one_model_are_a_row_of_the_aa_control() -> None:
     assert grid.rows[0][0].startswith("base")
     assert re.match(r"[+-]\d", grid.rows[0][3])
     assert found.repeatability.reason in str(section(document, "A/A control"))
-
-
-def test_every_figure_has_its_caption() -> None:
-    assert list(CAPTIONS) == list(TOPICS)
-    assert all(question.endswith("?") and reading for question, reading in CAPTIONS.values())
 
 
 def test_methods_are_told_from_facts(whole: tuple[Comparison, Document]) -> None:
