@@ -8,7 +8,7 @@ from typing import Any
 from hestctl.compare.configurations import Configuration, configurations
 from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
-from hestctl.compare.glossary import GAP_COLUMNS
+from hestctl.compare.glossary import gap_columns
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
 from hestctl.compare.statistics import Measure
 from hestctl.compare.text import (
@@ -125,24 +125,25 @@ def repeats(comparison: Comparison, meter_check: Mapping[str, Any]) -> Section:
         bound = "no bound" if error is None else f"the meter's bound is {100 * error:.2g} %"
         same_work = f"The same work twice under the meter differed by {100 * (ratio - 1):+.2g} % ({bound})."
     granted = f"Granted to two runs of one model: {comparison.repeatability.reason}."
+    notes = Footnotes()
     lines = tuple(
         (
             f"{repeat.label}, {repeat.kind}",
-            with_interval(repeat.ratio),
+            notes.cell(repeat.ratio, with_interval),
             ENERGY_WORDS[repeat.energy],
-            with_interval(repeat.quality_difference),
+            notes.cell(repeat.quality_difference, _signed),
             repeat.quality,
         )
         for repeat in comparison.repeats
     )
     headers = (
         "one model twice",
-        "ratio of joules [95 %]",
+        f"ratio of joules, {comparison.energy_word} [95 %]",
         "called",
-        f"{_score(comparison)} [95 %]",
+        f"{_score(comparison)} difference, points [95 %]",
         "called",
     )
-    table = (Grid(headers, lines),) if lines else ()
+    table = (Grid(headers, lines, notes.lines()),) if lines else ()
     return Section("A/A control", (*table, Bullets((same_work, granted))))
 
 
@@ -181,24 +182,23 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
 
 
 def _gap_grid(comparison: Comparison, pairs: Sequence[Pair]) -> Grid:
-    measured = comparison.energy_kind == "measured"
     lines = {one.label: one for one in configurations(comparison.rows)}
     notes = Footnotes()
-    hidden = "time ratio" if measured else "joules ratio"
     word = comparison.energy_word
     units = {
         "gap %": f"gap %, {word} [95 %]",
         "joules ratio": f"joules ratio, {word} [95 %]",
         "time ratio": "estimated time ratio [95 %]",
         "quality difference": f"{_score(comparison)} difference, points [95 %]",
-        "least detectable": "least detectable, points",
+        "least detectable saving": "least detectable saving, %",
+        "least detectable": "least detectable difference, points",
         "p99 ratio": "p99 ratio [95 %]",
         "over E_max": "over E_max, % of samples",
         "worst of E_max": "worst of E_max, %",
         "repaid after": "repaid after, samples",
     }
     found = [_gap_cells(pair, lines, notes) for pair in pairs]
-    shown = [name for name in GAP_COLUMNS if name != hidden]
+    shown = gap_columns(comparison.energy_kind == "measured")
     return Grid(
         tuple(units.get(name, name) for name in shown),
         tuple(tuple(cells[name] for name in shown) for cells in found),
@@ -224,9 +224,11 @@ def _gap_cells(pair: Pair, lines: Mapping[str, Configuration], notes: Footnotes)
         "at equal length": pair.at_equal_length.removeprefix("at equal length: "),
         "quality difference": notes.cell(pair.quality_difference, _signed),
         "quality": pair.quality,
-        "least detectable": ""
-        if pair.least_detectable_points is None
-        else number(pair.least_detectable_points),
+        "least detectable saving": _optional(pair.least_detectable_saving_percent),
+        "adjusted p": notes.missing("it stands for no claim", "none")
+        if pair.claim.adjusted is None
+        else number(pair.claim.adjusted),
+        "least detectable": _optional(pair.least_detectable_points),
         "p99 ratio": notes.cell(pair.latency_p99_ratio, with_interval),
         "controller parameters": " : ".join(
             notes.cell(side.measure("controller_parameters"), whole, "none") for side in (proposed, other)
@@ -272,6 +274,10 @@ def _signed(measure: Measure) -> str:
     if measure.low is None or measure.high is None:
         return text
     return f"{text} [{measure.low:+.2f}, {measure.high:+.2f}]"
+
+
+def _optional(value: float | None) -> str:
+    return "" if value is None else number(value)
 
 
 def _bare(measure: Measure) -> str:

@@ -11,7 +11,7 @@ from hestctl.compare.chapters import header
 from hestctl.compare.commands import command, train_commands
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Block, Code, Fold, Grid, Paragraph, Section
-from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, TERMS
+from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, TERMS, gap_columns
 from hestctl.compare.provenance import Provenance
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Row
 from hestctl.compare.statistics import Measure
@@ -137,11 +137,10 @@ def repeat(comparison: Comparison, provenance: Provenance, asked: Sequence[str])
 
 def glossary(comparison: Comparison) -> Section:
     """Every column of this report, and the words it uses."""
-    hidden = "time ratio" if comparison.energy_kind == "measured" else "joules ratio"
     shown = [name for name in METRICS if any(row.measure(name).value is not None for row in comparison.rows)]
     lines = (
         *TERMS.items(),
-        *((name, text) for name, text in GAP_COLUMNS.items() if name != hidden),
+        *((name, GAP_COLUMNS[name]) for name in gap_columns(comparison.energy_kind == "measured")),
         *((header(METRICS[name], comparison), MEASURES[name]) for name in shown),
     )
     return Section("Glossary", (Grid(("term", "meaning"), tuple(lines), left=2),))
@@ -234,7 +233,8 @@ def _of_statistics(comparison: Comparison) -> Iterator[str]:
         f"{100 * decisions.ALPHA:g} % that the difference is not below {-comparison.margin_points:g}. Less "
         f"energy is a ratio of joules below 1 by more than the {100 * comparison.repeatability.value:.2g} % "
         "in which two runs of one model may differ. A verdict needs both, and p-values are adjusted after "
-        "Holm over all pairs of a proposed configuration with a baseline or a control."
+        "Holm over all pairs of a proposed configuration with a baseline or a control; those with ablations "
+        "are a family of their own."
     )
     yield "A gap is split by the logarithms of two ratios: of new tokens, and of joules per new token."
 

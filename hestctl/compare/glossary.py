@@ -16,6 +16,8 @@ GAP_COLUMNS: Final[Mapping[str, str]] = {
     "by length": "the part of the gap, in percent of joules, that is due to fewer or more new tokens",
     "by token": "the part of the gap that is due to fewer or more joules a token",
     "joules ratio": "joules of the configuration over joules of the other, whatever their quality",
+    "least detectable saving": "the true saving in percent that so many samples and seeds would show as one "
+    "with 80 % power",
     "time ratio": "wall time over wall time: all that can be said where joules are not measured",
     "at equal length": "the verdict where both wrote equally many tokens, else the nearest that can be said",
     "quality difference": "points of the score, configuration minus other, mean over samples",
@@ -29,10 +31,22 @@ GAP_COLUMNS: Final[Mapping[str, str]] = {
     "worst of E_max": "the sample with the most joules in scope, in percent of the budget, predicted",
     "repaid after": "generated samples after which the joules saved outweigh the joules that its training "
     "spent more",
+    "adjusted p": "one-sided p-value of less energy at equal quality, the larger of that of energy and that "
+    "of quality, after Holm over its family: all pairs with baselines and controls, or with ablations",
     "verdict": "less energy at equal quality; less energy, worse quality; more energy; no difference; or "
     "inconclusive",
 }
-"""The columns of the gap table, in its order; `joules ratio` or `time ratio` is shown, not both."""
+"""The columns of the gap table, in its order."""
+
+_OF_JOULES: Final = ("joules ratio", "least detectable saving", "adjusted p")
+_OF_TIME: Final = ("time ratio",)
+
+
+def gap_columns(measured: bool) -> list[str]:
+    """The columns that are shown: what follows from joules where these are measured, else times."""
+    hidden = _OF_TIME if measured else _OF_JOULES
+    return [name for name in GAP_COLUMNS if name not in hidden]
+
 
 MEASURES: Final[Mapping[str, str]] = {
     "energy_j_per_sample": "what the meter says of a sample's generation, gross: the idle draw is in it",

@@ -234,16 +234,29 @@ def _cheapest(side: Sequence[Entry]) -> Entry | None:
 
 
 def _best_proposed(side: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair]) -> Entry | None:
-    """The fewest joules among those shown not inferior to the best baseline, and shown inferior to
-    none; else among those shown inferior to none; else among all."""
+    """The fewest joules among those shown not inferior to the best baseline, and shown inferior to none.
+
+    Where nothing is shown, the one whose quality is most surely near the baseline's: the cheapest would be
+    whichever lost the most.
+    """
     worse = {one.proposed for one in compared if one.other_role == "baseline" and one.quality == "inferior"}
-    undecided = [entry for entry in side if entry.label not in worse]
+    pairs_of = {entry.label: _pair_of(compared, entry, baseline) for entry in side}
     equal = [
         entry
-        for entry in undecided
-        if (pair := _pair_of(compared, entry, baseline)) is not None and pair.quality == "not inferior"
+        for entry in side
+        if entry.label not in worse
+        and (pair := pairs_of[entry.label]) is not None
+        and pair.quality == "not inferior"
     ]
-    return _cheapest(equal or undecided or side)
+    if equal:
+        return _cheapest(equal)
+    lows = {
+        label: pair.quality_difference.low
+        for label, pair in pairs_of.items()
+        if pair is not None and pair.quality_difference.low is not None
+    }
+    known = [entry for entry in side if entry.label in lows]
+    return max(known, key=lambda entry: lows[entry.label]) if known else _cheapest(side)
 
 
 def _entry_of(made: Sequence[Entry], method: str, beside: Entry | None) -> Entry | None:

@@ -142,7 +142,9 @@ def gap_tables(comparison: Comparison, *, every: bool = False) -> list[TextTable
     others = [pair for pair in comparison.pairs if pair.proposed != best.label]
     rivals = [one.label for one in (comparison.best_baseline, comparison.best_control) if one is not None]
     shown = [pair for pair in others if every or pair.other in rivals]
-    tables = [_pair_table(comparison, first, best)] if first else []
+    tables = (
+        [_pair_table(comparison, first, best, reasons=every or len(first) <= _SENTENCES)] if first else []
+    )
     if shown:
         tables.append(_pair_table(comparison, shown, None, left_out=len(others) - len(shown)))
     return tables
@@ -289,7 +291,12 @@ def _budget_table(comparison: Comparison, lines: Sequence[Row | Configuration]) 
 
 
 def _pair_table(
-    comparison: Comparison, pairs: Sequence[Pair], best: Best | None, left_out: int = 0
+    comparison: Comparison,
+    pairs: Sequence[Pair],
+    best: Best | None,
+    *,
+    left_out: int = 0,
+    reasons: bool = True,
 ) -> TextTable:
     """Pairs of one proposed configuration, ``best``, which the title then names, or of several."""
     notes = Footnotes()
@@ -324,36 +331,33 @@ def _pair_table(
         title += f": {best.label} against the others"
     elif comparison.best_proposed is not None:
         title += ": further pairs"
-    remarks = _pair_remarks(pairs) if best else ()
+    remarks = _pair_remarks(pairs, reasons) if best else ()
     if left_out:
         remarks += (f"{left_out} more pairs, against the other configurations: --runs shows them",)
     return TextTable(title, headers, tuple(rows), (*notes.lines(), *remarks))
 
 
-def _pair_remarks(pairs: Sequence[Pair]) -> tuple[str, ...]:
+def _pair_remarks(pairs: Sequence[Pair], reasons: bool) -> tuple[str, ...]:
     repaid = [
         f"{pair.other} {whole(pair.break_even_samples)}"
         for pair in pairs
         if pair.break_even_samples.value is not None
     ]
-    reasons = [(pair, f"{pair.proposed} : {pair.other}: {pair.why}") for pair in pairs]
-    remarks = list(dict.fromkeys(note for pair in pairs for note in pair.notes))
-    if len(pairs) > _SENTENCES:
-        # One sentence for every pair would be a wall: those that show no saving say why.
-        saving = "less energy at equal quality"
-        reasons = [(pair, line) for pair, line in reasons if pair.verdict != saving]
-        remarks = ["--json and --report say why for every pair"]
+    told = [f"{pair.proposed} : {pair.other}: {pair.why}" for pair in pairs]
+    told += dict.fromkeys(note for pair in pairs for note in pair.notes)
+    if not reasons:
+        # Sentences for every pair would be a wall between the table and the next.
+        told = ["--runs, --json and --report say why for every pair"]
     return (
         *((f"training joules are repaid after so many samples: {', '.join(repaid)}",) if repaid else ()),
-        *(line for _, line in reasons),
-        *remarks,
+        *told,
     )
 
 
 def _repeat_table(comparison: Comparison) -> TextTable:
     """What the comparison calls a difference where there is none."""
     notes = Footnotes()
-    rows = tuple(
+    rows: tuple[tuple[str, ...], ...] = tuple(
         (
             f"{repeat.label},\n{repeat.kind}",
             with_interval(repeat.ratio),
@@ -363,8 +367,15 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         )
         for repeat in comparison.repeats
     )
-    rows = rows or (("none in these stores", NOT_MEASURED, "", NOT_MEASURED, ""),)
-    headers = ("one model twice", "ratio of joules\n[95 %]", "called", "quality\npoints", "called")
+    if not rows:
+        unknown = notes.missing(
+            "no two finished runs are of one configuration and seed"
+            if comparison.energy_kind == "measured"
+            else f"the joules are {comparison.energy_word}"
+        )
+        rows = (("none in these stores", unknown, "-", unknown, "-"),)
+    ratio = f"ratio of joules\n{comparison.energy_word} [95 %]"
+    headers = ("one model twice", ratio, "called", "quality\npoints", "called")
     remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
     return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
 

@@ -18,7 +18,7 @@ def test_the_verdict_is_first_and_the_gap_table_next(study: Study) -> None:
     assert [title.split()[0] for title in titles] == ["Gap", "Quality", "Energy", "Latency", "Budget"]
     assert any("configuration" in line and "seeds" in line for line in lines)
     every = run_cli(study.folder, "compare", "--no-figures", "--runs").out
-    assert "configuration" not in every
+    assert "┃ configuration" not in every
     assert "┃ run" in every
 
 

@@ -627,3 +627,14 @@ def test_only_the_figures_import_plotnine() -> None:
         "sys.exit(any(name in sys.modules for name in ('plotnine', 'pandas', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_sentences_of_many_pairs_are_told_on_demand() -> None:
+    others = [(a_run("hest", 10 + place, dual="none", emax_ratio=0.3 + place / 10), {}) for place in range(6)]
+    found = compare(store_of((a_run("tabs", 1), {}), (a_run("hest", 2), {"joules": 40}), *others, count=16))
+    first = [pair for pair in found.pairs if pair.proposed == "hest 0.6"]
+    assert len(first) == 7
+    notes = "\n".join(gap_tables(found)[0].notes)
+    assert first[0].why not in notes
+    assert "--runs, --json and --report say why" in notes
+    assert all(pair.why in "\n".join(gap_tables(found, every=True)[0].notes) for pair in first)
