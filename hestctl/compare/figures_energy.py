@@ -41,7 +41,7 @@ def energy(canvas: Canvas) -> Figure:
         + p9.scale_color_identity()
         + p9.scale_fill_identity()
         + p9.scale_shape_identity()
-        + p9.scale_x_continuous(limits=(0, reach * 1.28), expand=(0, 0))
+        + p9.scale_x_continuous(limits=(0, reach * 1.4), expand=(0, 0))
         + p9.labs(x=f"joules per sample, {canvas.word}", y="")
         + canvas.look(
             "Joules at equal quality",
