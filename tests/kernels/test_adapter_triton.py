@@ -109,6 +109,8 @@ def side_by_side(
     work = [(length + tokens) * beams for length in lengths]
     make, order = (lambda: None, None) if ratio is None else make_ledger(ratio, work, rank, seed)
     oracle_ledger, prompt_ledger = make(), make()
+    for ledger in filter(None, (oracle_ledger, prompt_ledger)):
+        ledger._ample = False  # the kernel keeps purses that cannot bind, too
     oracle = HardPass(adapters, mask_WT, requests, oracle_ledger, {})
     prompt = HardPass(adapters, mask_WT, requests, prompt_ledger, {})
     prompt_WTD = torch.randn(rows, longest, hidden, generator=generator).to(DEVICE, dtype)
