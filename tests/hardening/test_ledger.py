@@ -80,7 +80,7 @@ def test_an_allowance_for_everything_pays_every_layer_whatever_its_pace(share, a
 
 def test_purses_that_cannot_bind_are_not_kept_and_change_nothing():
     costs = (0.0, 0.4e-6, 1e-6)
-    asked = torch.randint(0, 3, (1, 20, 5))
+    asked = torch.full((1, 20, 5), FULL)
     real = torch.ones(1, 20, dtype=torch.bool)
     ample, _ = make(costs, 10 * 20 * 3 * 5 * costs[2], [20])
     assert torch.equal(ample.allow(0, asked, real), asked)
