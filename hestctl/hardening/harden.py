@@ -254,10 +254,8 @@ def _fold(gate: OrdinalGate, looks: list[_Look], plan: Plan, lengths: Lengths) -
 @torch.inference_mode()
 def _decide(gate: OrdinalGate, score_LT: Tensor, shift: float) -> Tensor:
     """States (L, T, R) that the gate would take with all thresholds shifted."""
-    logits = gate.logits_of(
-        score_LT.to(gate.threshold.device), (gate.threshold + shift)[:, None], gate.gap[:, None]
-    )
-    return logits.argmax(-1).cpu()
+    score_LT = score_LT.to(gate.threshold.device)
+    return gate.decided(score_LT, (gate.threshold + shift)[:, None], gate.gap[:, None]).cpu()
 
 
 def _hardened_j(looks: Sequence[_Look], plan: Plan, lengths: Lengths) -> list[float]:
