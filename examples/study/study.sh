@@ -54,8 +54,9 @@ for seed in $seeds; do
     row "hest no dual $seed" --method hest --emax-ratio "$last" --dual none $s "$@"
     row "hest unfactorised $seed" --method hest --emax-ratio "$last" --controller unfactorised $s "$@"
 done
-# base is not trained: run twice, it is the A/A control, what the comparison sees where nothing differs.
+# What is run twice with one seed is the A/A control: what the comparison sees where nothing differs.
 row "base" --method base --seed "$first" "$@"
 row "base again" --method base --seed "$first" "$@"
+row "hest $last $first again" --method hest --emax-ratio "$last" --seed "$first" "$@"
 hestctl compare --db "$db" --out "${db%.duckdb}-figures" --report "${db%.duckdb}-report.html"
 exit $failed

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hestctl.compare.configurations import Configuration, configurations
-from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
 from hestctl.compare.glossary import gap_columns
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
@@ -130,7 +129,7 @@ def repeats(comparison: Comparison, meter_check: Mapping[str, Any]) -> Section:
         (
             f"{repeat.label}, {repeat.kind}",
             notes.cell(repeat.ratio, with_interval),
-            ENERGY_WORDS[repeat.energy],
+            repeat.energy_word,
             notes.cell(repeat.quality_difference, _signed),
             repeat.quality,
         )

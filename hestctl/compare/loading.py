@@ -183,12 +183,12 @@ def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[tuple[Loaded, 
 def plain_label(run: Run) -> str:
     """A run's label by itself, such as ``hest 0.6``."""
     config = config_of(run)
-    return _label(config, with_budget=True) if config else run.method or "unknown method"
+    return _label(config) if config else run.method or "unknown method"
 
 
-def _label(config: Config, with_budget: bool) -> str:
+def _label(config: Config) -> str:
     parts = [config.method]
-    if with_budget and config.budget:
+    if config.budget:
         parts.append(config.budget)
     if config.precision == "fp16-only":
         parts.append("fp16-only")
@@ -202,11 +202,7 @@ def _label(config: Config, with_budget: bool) -> str:
 
 
 def _labels(configs: Sequence[Config]) -> dict[Config, str]:
-    ablations = Counter(_label(config, False) for config in configs if config.role == "ablation")
-    labels = {
-        config: _label(config, with_budget=config.role != "ablation" or ablations[_label(config, False)] > 1)
-        for config in configs
-    }
+    labels = {config: _label(config) for config in configs}
     for label, count in Counter(labels.values()).items():
         if count == 1:
             continue

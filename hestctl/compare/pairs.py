@@ -40,12 +40,17 @@ def compare_pairs(
     repeatability: Repeatability,
     forced: Mapping[str, Forced],
 ) -> list[Pair]:
-    """Every proposed configuration against every other one; every number is of the samples both hold.
+    """Every proposed configuration against every other that it may be held against, over the samples of both.
 
     Their claims of less energy are adjusted together: a false one among all has the chance of one. Ablations
     ask another question and are a family of their own. ``forced`` is of profile runs, by label.
     """
-    found = [_evidence(one, other, kind, margin, repeatability) for one in proposed for other in others]
+    found = [
+        _evidence(one, other, kind, margin, repeatability)
+        for one in proposed
+        for other in others
+        if _answers(one, other)
+    ]
     for ablation in (False, True):
         family = [
             (place, one.claim.both)
@@ -63,6 +68,17 @@ def compare_pairs(
         )
     made = [_pair(one, kind, margin, repeatability, forced) for one in found]
     return [replace(one, notes=(*one.notes, *chosen)) for one in made]
+
+
+def _answers(proposed: Entry, other: Entry) -> bool:
+    """Whether the pair answers a question.
+
+    An ablation is the proposed method without a part: it is held against the very budget it was trained
+    under. Budgets of two scopes count different things and are never held against each other.
+    """
+    if other.config.role == "ablation":
+        return (other.config.budget, other.config.scope) == (proposed.config.budget, proposed.config.scope)
+    return not other.config.budget or other.config.scope == proposed.config.scope
 
 
 def quality(first: Entry, second: Entry, margin: float) -> Quality:

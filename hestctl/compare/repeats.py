@@ -21,13 +21,13 @@ def repeats(
 ) -> tuple[Repeat, ...]:
     """Every A/A pair: a run and the later one of the same settings and seed; a ``base`` and its other seeds.
 
-    ``base`` is not trained, so that its seeds are the same model. Only metered joules make a pair.
+    ``base`` is not trained, so that its seeds are the same model. Without joules there is no pair.
     """
-    if kind != "measured":
+    if kind == "none":
         return ()
     labels = {entry.config: entry.label for entry in made}
     found = [
-        _repeat(labels, older, newer, f"seed {older.run.seed} twice", margin)
+        _repeat(labels, older, newer, f"seed {older.run.seed} twice", kind, margin)
         for older, newer in superseded
         if _alike(older.run, newer.run, (*_WORK, *_TRAINING))
     ]
@@ -36,7 +36,12 @@ def repeats(
             first, *others = entry.members
             found += [
                 _repeat(
-                    labels, first, other, f"seeds {first.run.seed} and {other.run.seed}, untrained", margin
+                    labels,
+                    first,
+                    other,
+                    f"seeds {first.run.seed} and {other.run.seed}, untrained",
+                    kind,
+                    margin,
                 )
                 for other in others
                 if _alike(first.run, other.run, _WORK)
@@ -44,9 +49,12 @@ def repeats(
     return tuple(one for one in found if one.ratio.value is not None)
 
 
-def repeatability(found: Sequence[Repeat]) -> Repeatability:
-    """The largest difference of the A/A pairs, never less than the fixed 2 %."""
+def repeatability(found: Sequence[Repeat], kind: EnergyKind) -> Repeatability:
+    """The largest difference of the A/A pairs, never less than the fixed 2 %; joules must be measured."""
     fixed = f"{100 * REPEATABILITY:g} %"
+    if kind != "measured":
+        word = "estimated" if kind == "estimated" else "not measured"
+        return Repeatability(REPEATABILITY, f"none: the joules are {word} and earn no verdict in energy")
     if not found:
         return Repeatability(
             REPEATABILITY,
@@ -64,7 +72,9 @@ def repeatability(found: Sequence[Repeat]) -> Repeatability:
     return Repeatability(largest, f"{told}, and takes the place of {fixed}")
 
 
-def _repeat(labels: Mapping[Config, str], older: Loaded, newer: Loaded, kind: str, margin: float) -> Repeat:
+def _repeat(
+    labels: Mapping[Config, str], older: Loaded, newer: Loaded, what: str, kind: EnergyKind, margin: float
+) -> Repeat:
     config = config_of(older.run)
     assert config is not None
     first, second = (Entry.of(config, labels[config], [one]) for one in (newer, older))
@@ -72,11 +82,11 @@ def _repeat(labels: Mapping[Config, str], older: Loaded, newer: Loaded, kind: st
     score = pairs.quality(first, second, margin)
     return Repeat(
         label=labels[config],
-        kind=kind,
+        kind=what,
         run_ids=(older.run.run_id, newer.run.run_id),
         samples=ratio.n,
         ratio=ratio,
-        energy=decisions.energy_verdict(ratio),
+        energy=decisions.energy_verdict(ratio) if kind == "measured" else None,
         quality_metric=score.metric,
         quality_difference=score.difference,
         quality=score.verdict,

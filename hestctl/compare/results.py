@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
-from hestctl.compare.decisions import EnergyVerdict, QualityVerdict
+from hestctl.compare.decisions import ENERGY_WORDS, EnergyVerdict, QualityVerdict
 from hestctl.compare.statistics import Measure, absent
 from hestctl.records import EnergyKind
 
@@ -156,7 +156,8 @@ class Pair:
 class Repeat:
     """An A/A pair: two runs of one model, ``ratio`` the joules of the later over those of the earlier.
 
-    ``energy`` and ``quality`` are what the comparison calls their difference, at the fixed repeatability.
+    ``energy`` and ``quality`` are what the comparison calls their difference, at the fixed repeatability;
+    estimated joules are called nothing.
     """
 
     label: str
@@ -164,10 +165,14 @@ class Repeat:
     run_ids: tuple[str, str]
     samples: int
     ratio: Measure
-    energy: EnergyVerdict
+    energy: EnergyVerdict | None
     quality_metric: str
     quality_difference: Measure
     quality: QualityVerdict
+
+    @property
+    def energy_word(self) -> str:
+        return "no verdict" if self.energy is None else ENERGY_WORDS[self.energy]
 
 
 @dataclass(frozen=True, slots=True)

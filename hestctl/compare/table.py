@@ -67,7 +67,7 @@ def compare(
     rows = tuple(measures.row(entry, member) for entry in made for member in entry.members)
     kind: EnergyKind = group[0].run.energy_kind or "none"
     found_repeats = repeats(made, superseded, kind, margin)
-    granted = repeatability(found_repeats)
+    granted = repeatability(found_repeats, kind)
     profile_runs = expectations.profiles(connection, made)
     configs = {row.label: row.config_label for row in rows}
     compared = pairs.compare_pairs(

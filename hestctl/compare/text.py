@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from hestctl.compare.configurations import Configuration, configurations
-from hestctl.compare.decisions import ENERGY_WORDS
 from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
 from hestctl.compare.statistics import Measure
 
@@ -162,7 +161,7 @@ def as_rows(comparison: Comparison, *, runs: bool = False) -> list[TextTable]:
         _latency_table(lines),
         _budget_table(comparison, lines),
     ]
-    if comparison.pairs:
+    if comparison.pairs or comparison.repeats:
         tables.append(_repeat_table(comparison))
     if comparison.expectations:
         tables.append(_expectation_table(comparison))
@@ -333,7 +332,8 @@ def _pair_table(
         title += ": further pairs"
     remarks = _pair_remarks(pairs, reasons) if best else ()
     if left_out:
-        remarks += (f"{left_out} more pairs, against the other configurations: --runs shows them",)
+        counted = "1 more pair" if left_out == 1 else f"{left_out} more pairs"
+        remarks += (f"{counted} of the other configurations: --runs shows all",)
     return TextTable(title, headers, tuple(rows), (*notes.lines(), *remarks))
 
 
@@ -361,7 +361,7 @@ def _repeat_table(comparison: Comparison) -> TextTable:
         (
             f"{repeat.label},\n{repeat.kind}",
             with_interval(repeat.ratio),
-            ENERGY_WORDS[repeat.energy],
+            repeat.energy_word,
             notes.cell(repeat.quality_difference, lambda one: f"{one.value or 0:+.2f}"),
             repeat.quality,
         )
@@ -370,8 +370,8 @@ def _repeat_table(comparison: Comparison) -> TextTable:
     if not rows:
         unknown = notes.missing(
             "no two finished runs are of one configuration and seed"
-            if comparison.energy_kind == "measured"
-            else f"the joules are {comparison.energy_word}"
+            if comparison.energy_kind != "none"
+            else "there was no energy meter"
         )
         rows = (("none in these stores", unknown, "-", unknown, "-"),)
     ratio = f"ratio of joules\n{comparison.energy_word} [95 %]"

@@ -85,6 +85,25 @@ def test_one_seed_is_said_to_tell_nothing_of_another_training() -> None:
 # Families
 
 
+def test_budgets_of_two_scopes_are_never_held_against_each_other() -> None:
+    greedy = {"method": {"name": "hest", "scope": "network", "layers": "greedy"}}
+    found = compare(
+        store_of(
+            (a_run("hest", 1, scope="network"), {"joules": 40}),
+            (a_run("hest", 2), {"joules": 59}),
+            (a_run("hest", 3, scope="network", settings=greedy), {"joules": 41}),
+            (a_run("hest", 4, dual="none"), {"joules": 60}),
+            (a_run("tabs", 5, scope="network"), {"joules": 60}),
+        )
+    )
+    assert {(pair.proposed, pair.other) for pair in found.pairs} == {
+        ("hest 0.6 network", "tabs"),
+        ("hest 0.6 network", "hest 0.6 greedy control"),
+        ("hest 0.6 adapter", "tabs"),
+        ("hest 0.6 adapter", "hest 0.6 no dual"),
+    }
+
+
 def claims_of(runs: list[tuple[Run, dict[str, Any]]]) -> list[Claim]:
     return [pair.claim for pair in compare(store_of(*runs)).pairs]
 
@@ -102,7 +121,8 @@ def test_every_pair_against_baselines_and_controls_is_one_family_and_ablations_a
     )
     assert all(any("chosen by these very joules" in note for note in pair.notes) for pair in found.pairs)
     sizes = {(pair.other_role, pair.claim.family) for pair in found.pairs}
-    assert sizes == {("baseline", 4), ("control", 4), ("ablation", 2)}
+    assert sizes == {("baseline", 4), ("control", 4), ("ablation", 1)}
+    assert [pair.proposed for pair in found.pairs if pair.other_role == "ablation"] == ["hest 0.6"]
     for pair in found.pairs:
         assert pair.claim.both == max(pair.claim.energy, pair.claim.quality)
         assert pair.claim.adjusted >= pair.claim.both
@@ -192,7 +212,8 @@ def test_an_a_a_pair_that_differs_more_takes_the_place_of_two_percent() -> None:
 def test_which_of_two_runs_came_first_does_not_matter() -> None:
     (repeat,) = repeated().repeats
     granted = [
-        repeatability([replace(repeat, ratio=Measure(ratio)), repeat]).value for ratio in (1.1, 1 / 1.1)
+        repeatability([replace(repeat, ratio=Measure(ratio)), repeat], "measured").value
+        for ratio in (1.1, 1 / 1.1)
     ]
     assert granted == pytest.approx([0.1, 0.1])
 
@@ -225,9 +246,23 @@ def test_seeds_of_an_untrained_model_are_an_a_a_pair() -> None:
     assert [one.kind for one in found.repeats] == ["seeds 1 and 2, untrained"]
 
 
-def test_estimated_joules_make_no_a_a_pair() -> None:
+def test_estimated_joules_are_shown_twice_and_called_nothing() -> None:
     changes = {"energy_kind": "estimated", "settings": SETTINGS}
-    runs = [(a_run("hest", number, **changes), {"noise": number}) for number in (1, 2)]
+    runs = [(a_run("hest", number, **changes), {"joules": 40.0 * number}) for number in (1, 2)]
+    found = compare(store_of(*runs))
+    (repeat,) = found.repeats
+    assert repeat.ratio.value == pytest.approx(2, rel=0.05)
+    assert repeat.energy is None
+    assert found.repeatability.value == REPEATABILITY
+    table = next(one for one in as_rows(found) if one.title == "A/A control")
+    assert table.rows[0][2] == "no verdict"
+    assert "estimated" in table.headers[1]
+    assert "earn no verdict" in table.notes[-1]
+
+
+def test_without_joules_there_is_no_a_a_pair() -> None:
+    changes = {"energy_kind": "none", "settings": SETTINGS}
+    runs = [(a_run("hest", number, **changes), {}) for number in (1, 2)]
     assert compare(store_of(*runs)).repeats == ()
 
 

@@ -183,9 +183,9 @@ def test_saving_needs_the_controls_too() -> None:
 @pytest.mark.parametrize(
     ("changes", "label"),
     [
-        ({"precision": "fp16-only"}, "hest fp16-only"),
-        ({"dual": "none"}, "hest no dual"),
-        ({"controller": "unfactorised"}, "hest unfactorised"),
+        ({"precision": "fp16-only"}, "hest 0.6 fp16-only"),
+        ({"dual": "none"}, "hest 0.6 no dual"),
+        ({"controller": "unfactorised"}, "hest 0.6 unfactorised"),
     ],
 )
 def test_ablations_are_not_proposed(changes: dict[str, str], label: str) -> None:
@@ -587,11 +587,11 @@ def test_the_gap_table_has_the_best_first_against_baselines_then_controls_then_a
     )
     first, further = gap_tables(found)
     assert first.title == "Gap at equal quality: hest 0.6 against the others"
-    assert [row[0] for row in first.rows] == ["tabs", "lora", "lora int8\ncontrol", "hest no dual"]
+    assert [row[0] for row in first.rows] == ["tabs", "lora", "lora int8\ncontrol", "hest 0.6 no dual"]
     assert [row[0] for row in further.rows] == ["hest 0.9 :\nlora", "hest 0.9 :\nlora int8\ncontrol"]
-    assert "2 more pairs" in further.notes[-1]
+    assert "1 more pair" in further.notes[-1]
     every = gap_tables(found, every=True)[1]
-    assert len(every.rows) == 4
+    assert len(every.rows) == 3
     assert not any("more pairs" in note for note in every.notes)
 
 
@@ -630,7 +630,9 @@ def test_only_the_figures_import_plotnine() -> None:
 
 
 def test_the_sentences_of_many_pairs_are_told_on_demand() -> None:
-    others = [(a_run("hest", 10 + place, dual="none", emax_ratio=0.3 + place / 10), {}) for place in range(6)]
+    others = [
+        (a_run("lora", 10 + place, settings={"backbone": {"skip_last": 1 + place}}), {}) for place in range(6)
+    ]
     found = compare(store_of((a_run("tabs", 1), {}), (a_run("hest", 2), {"joules": 40}), *others, count=16))
     first = [pair for pair in found.pairs if pair.proposed == "hest 0.6"]
     assert len(first) == 7
