@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import duckdb
@@ -13,14 +13,18 @@ import plotnine
 
 from hestctl.compare import frames
 from hestctl.compare.configurations import configurations
+from hestctl.compare.labels import apart, width_in
 from hestctl.compare.look import check_theme, look
 from hestctl.compare.results import PRIMARY, Comparison
-from hestctl.compare.style import BASE_SIZE, INKS, Theme, marks
+from hestctl.compare.style import BASE_SIZE, INKS, SMALL, WIDTH_IN, Theme, marks
+from hestctl.compare.text import number
 
 p9: Any = plotnine  # typed only in part: under strict mypy its own functions count as untyped
 
 MOST_PANELS = 12
-"""Configurations that a figure of panels or boxes shows at most."""
+"""Configurations that a figure of panels shows at most."""
+MOST_ROWS = 30
+"""Configurations that a figure with a row, or a line, for each shows at most."""
 COLUMNS = 3
 _STRIP = 24
 """Letters of a panel's title in a line."""
@@ -53,24 +57,27 @@ class Canvas:
             line=[mark.line for mark in found],
         )
 
-    def chosen(self, frame: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-        """The rows of at most ``MOST_PANELS`` configurations, and which are left out.
+    def chosen(self, frame: pd.DataFrame, most: int = MOST_PANELS) -> tuple[pd.DataFrame, str]:
+        """The rows of at most ``most`` configurations, and which are left out and why.
 
         The best of each side stay, then the one of each kind that spends the fewest joules, then what does.
         """
         every = configurations(self.comparison.rows)
         present = set(frame["configuration"])
         labels = [one.label for one in every if one.label in present]
-        if len(labels) <= MOST_PANELS:
+        if len(labels) <= most:
             return frame, ""
         found = self.comparison
         bests = (found.best_proposed, found.best_baseline, found.best_control)
         spent = {one.label: one.measure(PRIMARY).value or math.inf for one in every}
         cheapest = {self.marks[label]: label for label in sorted(labels, key=spent.__getitem__, reverse=True)}
         first = [*(best.label for best in bests if best), *cheapest.values()]
-        kept = set(sorted(labels, key=lambda label: (label not in first, spent[label]))[:MOST_PANELS])
+        kept = set(sorted(labels, key=lambda label: (label not in first, spent[label]))[:most])
         left = [label for label in labels if label not in kept]
-        says = f"{MOST_PANELS} of {len(labels)}; left out, the dearest of their kinds: {', '.join(left)}"
+        says = (
+            f"room for {most} of {len(labels)} configurations: the best, one of each kind, then those with "
+            f"the fewest joules; not shown: {', '.join(left)}"
+        )
         part = frame[frame["configuration"].isin(kept)]
         return part.assign(configuration=frames.ordered(part["configuration"], found)), says
 
@@ -85,11 +92,37 @@ class Canvas:
         return [
             p9.facet_wrap("panel", ncol=min(count, COLUMNS), **options),
             p9.theme(
-                axis_text=p9.element_text(size=BASE_SIZE - 3, color=self.ink.text),
-                strip_text=p9.element_text(size=BASE_SIZE - 3, color=self.ink.text, ha="left", va="bottom"),
+                axis_text=p9.element_text(size=SMALL, color=self.ink.text),
+                strip_text=p9.element_text(size=SMALL, color=self.ink.text, ha="left", va="bottom"),
                 panel_spacing_x=0.045,
             ),
         ]
+
+    def named_lines(self, ends: pd.DataFrame, gap: float) -> list[Any]:
+        """Names at the right ends of lines, ``gap`` apart, each with a line to its own end.
+
+        ``ends`` has ``step``, ``value``, ``configuration`` and ``colour``, of one panel.
+        """
+        span = float(ends["step"].max()) or 1.0
+        told = ends.assign(
+            at=apart(ends["value"].tolist(), gap), start=ends["step"] + 0.01 * span, name=1.09 * span
+        )
+        return [
+            p9.geom_segment(
+                p9.aes(x="start", y="value", xend="name", yend="at"), data=told, size=0.3,
+                color=self.ink.muted, inherit_aes=False,
+            ),
+            p9.geom_text(
+                p9.aes("name", "at", label="configuration"), data=told, ha="left", nudge_x=0.01 * span,
+                size=SMALL, color=self.ink.text, inherit_aes=False,
+            ),
+        ]  # fmt: skip
+
+
+def names_room(labels: Iterable[str]) -> float:
+    """How much wider than its lines a panel must be, as a share of them, for ``named_lines``."""
+    widest_in = max(width_in(label, SMALL) for label in labels) + 0.1
+    return 0.1 + 1.1 * widest_in / (WIDTH_IN - 0.8 - widest_in)
 
 
 def rows_of(count: int) -> int:
@@ -100,3 +133,16 @@ def rows_of(count: int) -> int:
 def labels_of(frame: pd.DataFrame) -> list[str]:
     """The configurations of a frame in the order of print."""
     return [str(label) for label in frame["configuration"].cat.categories]
+
+
+def extremes(frame: pd.DataFrame, column: str, unit: str) -> str:
+    """Such as ``hest 0.45 2.92 J to tabs 6.17 J``: the least and the largest of ``column``."""
+    known = frame.dropna(subset=[column]).reset_index(drop=True)
+    ends = [known.loc[known[column].idxmin()], known.loc[known[column].idxmax()]]
+    told = [f"{end['configuration']} {number(float(end[column]))} {unit}".rstrip() for end in ends]
+    return told[0] if told[0] == told[1] else " to ".join(told)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Such as ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))

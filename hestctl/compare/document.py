@@ -42,7 +42,7 @@ class Code:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A figure; ``name`` is its file's, with the suffix of its type."""
+    """A figure; ``name`` is its file's, with the suffix of its type; ``alt`` says in words what it shows."""
 
     kind: ClassVar[str] = "picture"
     name: str
@@ -50,6 +50,7 @@ class Picture:
     caption: str
     mime: str
     data: bytes
+    alt: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,8 @@ def _mapped(blocks: Iterable[Block], change: Callable[[str], str]) -> tuple[Bloc
             case Code():
                 found.append(Code(each(block.lines)))
             case Picture():
-                found.append(replace(block, title=change(block.title), caption=change(block.caption)))
+                title, caption, alt = each((block.title, block.caption, block.alt))
+                found.append(replace(block, title=title, caption=caption, alt=alt))
             case Fold():
                 found.append(Fold(change(block.summary), _mapped(block.blocks, change)))
             case Grid():

@@ -15,11 +15,14 @@ import pandas as pd
 
 from hestctl.compare.configurations import configurations
 from hestctl.compare.results import PRIMARY, Comparison
-from hestctl.compare.statistics import Measure
-from hestctl.compare.text import number
+from hestctl.compare.statistics import Measure, absent
 
 ADAPTIVE: Final = ("hest", "tabs", "bhsp")
 """Methods whose adapters have directions."""
+VERDICTS: Final = ("not inferior", "inconclusive", "inferior")
+"""What may be said of quality, in the order in which it is shown."""
+FAR_MARGINS: Final = 5
+"""Beyond so many margins of lost quality a saving is no offer."""
 
 
 class NoDataError(Exception):
@@ -72,30 +75,39 @@ def of_runs(
 
 
 def energy(comparison: Comparison) -> pd.DataFrame:
-    """``configuration, joules, low, high, equal, text``: mean joules per sample, the least first.
+    """``configuration, joules, low, high, verdict, points, points_low, points_high``, not inferior first.
 
-    ``equal``: not inferior to the best baseline in quality. ``text`` is the value, with the share of E_max
-    that its scope takes, predicted.
+    ``verdict`` and ``points`` (NaN where there are none) set its quality beside the best baseline's. Within
+    a verdict the least mean joules per sample come first.
     """
-    known, reasons = [], []
+    known: list[list[object]] = []
+    reasons = []
     for one in configurations(comparison.rows):
-        spent, share = one.measure(PRIMARY), one.measure("emax_use_percent").value
+        spent = one.measure(PRIMARY)
         if spent.value is None:
             reasons.append(spent.reason or "no joules")
             continue
-        text = number(spent.value) + ("" if share is None else f"  ({share:.0f} %)")
-        equal = comparison.equal_quality.get(one.label) == "not inferior"
-        known.append((one.label, spent.value, *edges(spent), equal, text))
+        verdict = comparison.equal_quality.get(one.label, "inconclusive")
+        score = comparison.quality_differences.get(one.label, absent("there is no baseline"))
+        points = [math.nan] * 3
+        if score.value is not None:
+            points = [score.value, *(score.value if end is None else end for end in (score.low, score.high))]
+        known.append([one.label, spent.value, *edges(spent), verdict, *points])
     if not known:
         raise NoDataError(reasons[0])
-    frame = pd.DataFrame(known, columns=["configuration", "joules", "low", "high", "equal", "text"])
-    return frame.sort_values("joules", kind="stable", ignore_index=True)
+    frame = pd.DataFrame(
+        known,
+        columns=["configuration", "joules", "low", "high", "verdict", "points", "points_low", "points_high"],
+    )
+    frame["verdict"] = pd.Categorical(frame["verdict"], VERDICTS, ordered=True)
+    return frame.sort_values(["verdict", "joules"], kind="stable", ignore_index=True)
 
 
 def front(comparison: Comparison) -> pd.DataFrame:
-    """``configuration, x, x_low, x_high, y, y_low, y_high, best``: joules per sample and points of quality.
+    """``configuration, x, x_low, x_high, y, y_low, y_high, far, best``: joules per sample, quality in points.
 
-    ``best``: no other has both fewer joules and a higher score.
+    ``far``: shown to be worse than the best baseline by more than ``FAR_MARGINS`` margins. ``best``: of the
+    others none has both fewer joules and a higher score.
     """
     found: list[list[object]] = []
     reason = "no values"
@@ -105,13 +117,18 @@ def front(comparison: Comparison) -> pd.DataFrame:
             lacking = spent if spent.value is None else score
             reason = lacking.reason or reason
             continue
-        found.append([one.label, spent.value, *edges(spent), score.value, *edges(score)])
+        beside = comparison.quality_differences.get(one.label, absent("there is no baseline"))
+        far = beside.high is not None and beside.high < -FAR_MARGINS * comparison.margin_points
+        found.append([one.label, spent.value, *edges(spent), score.value, *edges(score), far])
     if not found:
         raise NoDataError(reason)
-    frame = pd.DataFrame(found, columns=["configuration", "x", "x_low", "x_high", "y", "y_low", "y_high"])
-    rising = frame.sort_values(["x", "y"], ascending=[True, False])
+    columns = ["configuration", "x", "x_low", "x_high", "y", "y_low", "y_high", "far"]
+    frame = pd.DataFrame(found, columns=columns)
+    if frame["far"].all():
+        frame["far"] = False
+    rising = frame[~frame["far"]].sort_values(["x", "y"], ascending=[True, False])
     highest = rising["y"].cummax().shift(fill_value=-math.inf)
-    return frame.assign(best=rising["y"] > highest)
+    return frame.assign(best=(rising["y"] > highest).reindex(frame.index, fill_value=False))
 
 
 def front_seeds(comparison: Comparison) -> pd.DataFrame:
@@ -126,9 +143,12 @@ def front_seeds(comparison: Comparison) -> pd.DataFrame:
 
 
 def joules(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run_id, configuration, value``: valid joules of every sample, of the comparison's kind."""
+    """``run_id, configuration, value, size``: mean valid joules a sample of every generated batch.
+
+    The meter sees a batch, and no sample of it. Joules are of the comparison's kind.
+    """
     reasons = [row.measure(PRIMARY).reason for row in comparison.rows]
-    return _of_samples(
+    return _of_batches(
         connection,
         comparison,
         "energy_j",
@@ -138,8 +158,8 @@ def joules(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
 
 
 def latency(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``run_id, configuration, value``: wall seconds of every sample's batch."""
-    return _of_samples(connection, comparison, "latency_s", "isfinite(latency_s)", "no latency was recorded")
+    """``run_id, configuration, value, size``: wall seconds of every generated batch."""
+    return _of_batches(connection, comparison, "latency_s", "isfinite(latency_s)", "no latency was recorded")
 
 
 def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
@@ -176,7 +196,11 @@ def parts(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         elif one.method in ADAPTIVE:
             lacking.setdefault("directions: no log of states, or no plan with prices", []).append(one.label)
         found.append((one.label, "by cause", "all else", max(0.0, net.value - (adapters or 0.0))))
-    told = [f"{reason} ({', '.join(labels)})" for reason, labels in lacking.items()]
+    every = len(configurations(comparison.rows))
+    told = [
+        f"{reason} ({'all' if len(labels) == every else ', '.join(labels)})"
+        for reason, labels in lacking.items()
+    ]
     if not found:
         raise NoDataError("; ".join(lacking))
     frame = pd.DataFrame(found, columns=["configuration", "panel", "part", "joules"])
@@ -212,17 +236,18 @@ def _direction_joules(connection: duckdb.DuckDBPyConnection, comparison: Compari
     return {str(label): float(joules) for label, joules in means.items()}
 
 
-def _of_samples(
+def _of_batches(
     connection: duckdb.DuckDBPyConnection, comparison: Comparison, column: str, condition: str, reason: str
 ) -> pd.DataFrame:
     frame = of_runs(
         connection,
         comparison,
-        f"{column}::DOUBLE AS value",
+        f"batch_index AS batch, {column}::DOUBLE AS value, batch_size::INT AS size",
         "samples",
         f"split = ? AND {condition}",
         [comparison.facts["split"]],
     )
     if frame.empty:
         raise NoDataError(reason)
-    return frame
+    batches = frame.groupby(["configuration", "run_id", "batch"], observed=True)
+    return batches.agg(value=("value", "mean"), size=("size", "max")).reset_index().drop(columns="batch")

@@ -23,20 +23,30 @@ p9: Any = plotnine  # typed only in part: under strict mypy its own functions co
 FORMATS: Final = ("png", "pdf", "svg")
 
 
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a figure shows, for readers who cannot see it (``alt``), and what its caption adds of the data."""
+
+    alt: str = ""
+    more: str = ""
+
+
 class Drawn(list[Path]):
-    """The files that were written; ``reasons`` names every topic that had nothing to draw, and why."""
+    """The files that were written, the ``words`` to each by topic, ``reasons`` where nothing was drawn."""
 
     def __init__(self) -> None:
         super().__init__()
         self.reasons: dict[str, str] = {}
+        self.words: dict[str, Words] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A plot and its size in inches."""
+    """A plot, its size in inches, and its words."""
 
     plot: Any
     height_in: float
+    words: Words = Words()
     width_in: float = WIDTH_IN
 
 
@@ -75,6 +85,7 @@ def write(
             path = out_dir / f"{name.replace('/', '-')}.{suffix}"
             figure.plot.save(path, width=figure.width_in, height=figure.height_in, dpi=dpi, verbose=False)
             drawn.append(path)
+        drawn.words[name.replace("/", "-")] = figure.words
     return drawn
 
 

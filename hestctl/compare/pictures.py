@@ -13,6 +13,7 @@ from PIL import Image
 from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.document import Picture
 from hestctl.compare.figures import draw
+from hestctl.compare.look import Words
 from hestctl.compare.results import Comparison
 from hestctl.compare.style import Theme
 
@@ -33,20 +34,22 @@ def pictures(
         large = {path.stem for path in drawn if path.stat().st_size > VECTOR_BYTES}
         for path in drawn:
             if path.stem not in large:
-                found[path.stem] = _picture(path, "image/svg+xml")
+                found[path.stem] = _picture(path, "image/svg+xml", drawn.words[path.stem])
         if large:
             again = draw(
                 connection, comparison, folder, theme=theme, dpi=_DPI, only=lambda topic: topic in large
             )
-            found |= {path.stem: _picture(path, "image/png") for path in again}
+            found |= {path.stem: _picture(path, "image/png", again.words[path.stem]) for path in again}
         order = [path.stem for path in drawn]
     return [found[topic] for topic in order], drawn.reasons
 
 
-def _picture(path: Path, mime: str) -> Picture:
+def _picture(path: Path, mime: str, words: Words) -> Picture:
     question, reading = CAPTIONS[path.stem.removeprefix("comparison_")]
+    caption = " ".join(filter(None, (reading, words.more)))
     data = path.read_bytes()
-    return Picture(path.name, question, reading, mime, _fewer_colours(data) if mime == "image/png" else data)
+    data = _fewer_colours(data) if mime == "image/png" else data
+    return Picture(path.name, question, caption, mime, data, words.alt)
 
 
 def _fewer_colours(data: bytes) -> bytes:

@@ -236,7 +236,8 @@ class Comparison:
     """Runs that may be compared with one another, and what follows from them.
 
     ``facts`` is what all of them share (device, backbone, data, generation settings, meter).
-    ``equal_quality`` is each configuration's verdict beside ``best_baseline``, by its label.
+    ``equal_quality`` is each configuration's verdict beside ``best_baseline``, by its label, and
+    ``quality_differences`` the points (configuration less baseline) that it rests on.
     """
 
     task: Task
@@ -254,6 +255,7 @@ class Comparison:
     estimated_time_ratio: Measure
     conclusion: str
     equal_quality: Mapping[str, QualityVerdict] = field(default_factory=dict)
+    quality_differences: Mapping[str, Measure] = field(default_factory=dict)
     repeats: tuple[Repeat, ...] = ()
     set_apart: tuple[SetApart, ...] = ()
     expectations: tuple[Expectation, ...] = ()

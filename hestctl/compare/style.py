@@ -12,6 +12,8 @@ Theme: TypeAlias = Literal["light", "dark"]
 
 BASE_SIZE: Final = 10
 """Points; at ``WIDTH_IN`` a figure set to a column of 85 mm still reads at 7 points."""
+SMALL: Final = BASE_SIZE - 2
+"""The smallest type, in points."""
 WIDTH_IN: Final = 4.8
 DPI: Final = 200
 

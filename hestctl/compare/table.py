@@ -92,6 +92,7 @@ def compare(
     tabs = _entry_of(made, "tabs", proposed)
     deciding = _pair_of(compared, proposed, baseline)
     shared = facts(group[0])
+    beside = _beside_baseline(made, baseline, compared, margin)
     return Comparison(
         task="classification" if all(one.samples.labelled for one in group) else "summarisation",
         facts=shared,
@@ -107,7 +108,8 @@ def compare(
         repeatability=granted,
         estimated_time_ratio=_time_ratio(deciding, kind),
         conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap, made),
-        equal_quality=_equal_quality(made, baseline, compared, margin),
+        equal_quality={label: verdict for label, (verdict, _) in beside.items()},
+        quality_differences={label: difference for label, (_, difference) in beside.items()},
         repeats=found_repeats,
         set_apart=(*others, *(_superseded(older.run, newer.run) for older, newer in superseded), *apart),
         expectations=expectations.lines(
@@ -212,17 +214,22 @@ def _not_worst(side: Sequence[Entry], margin: float) -> list[Entry]:
     ]
 
 
-def _equal_quality(
+def _beside_baseline(
     made: Sequence[Entry], baseline: Entry | None, compared: Sequence[Pair], margin: float
-) -> dict[str, QualityVerdict]:
-    """Whether each configuration is not inferior to ``baseline``, which is equal to itself."""
+) -> dict[str, tuple[QualityVerdict, Measure]]:
+    """Whether each configuration is not inferior to ``baseline``, and by how many points it differs."""
     if baseline is None:
         return {}
-    found: dict[str, QualityVerdict] = {baseline.label: "not inferior"}
+    found: dict[str, tuple[QualityVerdict, Measure]] = {}
     for entry in made:
-        if entry is not baseline:
-            pair = _pair_of(compared, entry, baseline)
-            found[entry.label] = pair.quality if pair else pairs.quality(entry, baseline, margin).verdict
+        pair = _pair_of(compared, entry, baseline)
+        if entry is baseline:
+            found[entry.label] = "not inferior", Measure(0.0, reason="the baseline itself")
+        elif pair:
+            found[entry.label] = pair.quality, pair.quality_difference
+        else:
+            score = pairs.quality(entry, baseline, margin)
+            found[entry.label] = score.verdict, score.difference
     return found
 
 
