@@ -16,7 +16,7 @@ from hestctl.compare.configurations import configurations
 from hestctl.compare.labels import apart, width_in
 from hestctl.compare.look import check_theme, look
 from hestctl.compare.results import PRIMARY, Comparison
-from hestctl.compare.style import BASE_SIZE, INKS, SMALL, WIDTH_IN, Theme, marks
+from hestctl.compare.style import INKS, SMALL, WIDTH_IN, Theme, marks
 from hestctl.compare.text import number
 
 p9: Any = plotnine  # typed only in part: under strict mypy its own functions count as untyped
@@ -138,6 +138,8 @@ def labels_of(frame: pd.DataFrame) -> list[str]:
 def extremes(frame: pd.DataFrame, column: str, unit: str) -> str:
     """Such as ``hest 0.45 2.92 J to tabs 6.17 J``: the least and the largest of ``column``."""
     known = frame.dropna(subset=[column]).reset_index(drop=True)
+    if known.empty:
+        return "none"
     ends = [known.loc[known[column].idxmin()], known.loc[known[column].idxmax()]]
     told = [f"{end['configuration']} {number(float(end[column]))} {unit}".rstrip() for end in ends]
     return told[0] if told[0] == told[1] else " to ".join(told)

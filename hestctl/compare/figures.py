@@ -24,15 +24,13 @@ TOPICS: Final[Mapping[str, Callable[[Canvas], Figure]]] = {
     "parts": figures_energy.parts,
     "energy_distribution": figures_samples.energy_distribution,
     "latency": figures_samples.latency,
-    "budget_adapter": partial(figures_samples.budget, scope="adapter"),
-    "budget_network": partial(figures_samples.budget, scope="network"),
+    "budget": figures_samples.budget,
     "length": figures_samples.length,
     "depth": figures_states.depth,
     "position": figures_states.position,
     "confusion": figures_states.confusion,
     "learning_loss": figures_runs.learning_loss,
-    "learning_energy": figures_runs.learning_energy,
-    "learning_multiplier": figures_runs.learning_multiplier,
+    "learning_budget": figures_runs.learning_budget,
     "meter": figures_runs.meter,
 }
 """What there is to draw, in the order in which it is read."""

@@ -10,9 +10,9 @@ import pandas as pd
 import plotnine
 
 from hestctl.compare import frames_states
-from hestctl.compare.canvas import Canvas, labels_of, rows_of
-from hestctl.compare.look import Figure
-from hestctl.compare.style import BASE_SIZE, SHADES
+from hestctl.compare.canvas import Canvas, extremes, labels_of, listed, rows_of
+from hestctl.compare.look import Figure, Words
+from hestctl.compare.style import SHADES, SMALL
 from hestctl.records import PROMPT_PARTS, STATES
 
 p9: Any = plotnine
@@ -27,13 +27,15 @@ def depth(canvas: Canvas) -> Figure:
     """Shares of the states layer by layer, and what states the layer's own two blocks are in."""
     frame, left = canvas.chosen(frames_states.depth(canvas.connection, canvas.comparison))
     labels = labels_of(frame)
+    shares = frame
     frame = _stacked(frame, "layer")
     layers = int(frame["layer"].max()) + 1
     blocks = frames_states.blocks(canvas.connection, canvas.comparison)
     blocks = blocks[blocks["configuration"].isin(labels)]
     ticks, names = [0.0, 50.0, 100.0], ["0", "50", "100"]
-    says = "percent of direction-tokens in test generation, input layer at the top"
+    says, more = "percent of direction-tokens in test generation, input layer at the top", ""
     if len(blocks):
+        more = _of_blocks(blocks)
         blocks["start"] = [_BLOCKS_AT[block] for block in blocks["block"]]
         blocks["end"] = blocks["start"] + _BLOCK_WIDTH
         frame = pd.concat([frame, blocks])
@@ -42,6 +44,8 @@ def depth(canvas: Canvas) -> Figure:
         says += "; columns A and M: the state of the layer's own attention and MLP"
     present = [state for state in STATES if state in set(frame["state"])]
     frame["state"] = pd.Categorical(frame["state"], present)
+    off = shares.loc[shares["state"] == "off"].groupby("configuration", observed=True)["share"].mean()
+    alt = f"Share of direction-tokens that are off: {extremes(off.reset_index(), 'share', '%')}."
     plot = (
         p9.ggplot(canvas.panels(frame, labels))
         + p9.geom_rect(p9.aes(xmin="start", xmax="end", ymin="layer - 0.5", ymax="layer + 0.5", fill="state"))
@@ -53,14 +57,26 @@ def depth(canvas: Canvas) -> Figure:
         + canvas.look("States by depth", says, left)
         + p9.theme(panel_grid=p9.element_blank(), panel_spacing_x=0.06)
     )
-    return Figure(plot, 2.1 + (0.8 + 0.016 * layers) * rows_of(len(labels)))
+    words = Words(" ".join(filter(None, (alt, more))), more)
+    return Figure(plot, 2.1 + (0.8 + 0.016 * layers) * rows_of(len(labels)), words)
+
+
+def _of_blocks(blocks: pd.DataFrame) -> str:
+    """Which configurations chose the same states, and where a column is not what every seed chose."""
+    told = [f"{listed(labels)} chose the same blocks." for labels in frames_states.alike(blocks)]
+    differ = sorted({str(label) for label in blocks.loc[~blocks["agreed"], "configuration"]})
+    if differ:
+        told.append(f"Columns show what most seeds chose; seeds differ in {listed(differ)}.")
+    return " ".join(told)
 
 
 def position(canvas: Canvas) -> Figure:
     """Shares of the states along the prompt and the answer."""
-    found, width = frames_states.position(canvas.connection, canvas.comparison)
+    found, width, lacking = frames_states.position(canvas.connection, canvas.comparison)
     frame, left = canvas.chosen(found)
     labels = labels_of(frame)
+    on = frame[frame["state"] != "off"].groupby(["configuration", "phase", "place"], observed=True)["share"]
+    used = on.sum().reset_index()
     frame = canvas.panels(_stacked(frame, "phase", "place"), labels)
     new = frame["phase"] == "new"
     frame["x"] = frame["place"] + np.where(new, PROMPT_PARTS + _GAP, 0.0)
@@ -81,10 +97,13 @@ def position(canvas: Canvas) -> Figure:
             "States by position",
             f"percent of direction-tokens over all layers in test generation; {width} new tokens a bar",
             left,
+            *lacking,
         )
         + p9.theme(panel_grid=p9.element_blank())
     )
-    return Figure(plot, 1.9 + 1.1 * rows_of(len(labels)))
+    alt = f"Share of direction-tokens that are on, over places: {extremes(used, 'share', '%')}."
+    rows = rows_of(len(labels))
+    return Figure(plot, 2.2 + (1.1 * rows if rows > 1 else 1.6), Words(alt))
 
 
 def confusion(canvas: Canvas) -> Figure:
@@ -101,7 +120,7 @@ def confusion(canvas: Canvas) -> Figure:
     if classes <= 4:
         frame["text"] = [f"{share:.0f}" for share in frame["share"]]
         frame["over"] = np.where(frame["share"] > 55, canvas.ink.paper, canvas.ink.text)
-        plot += p9.geom_text(p9.aes(label="text", color="over"), size=BASE_SIZE - 2.5)
+        plot += p9.geom_text(p9.aes(label="text", color="over"), size=SMALL)
         plot += p9.scale_color_identity()
     split = canvas.comparison.facts["split"]
     plot += [
@@ -111,8 +130,10 @@ def confusion(canvas: Canvas) -> Figure:
         p9.theme(panel_grid=p9.element_blank(), legend_position="none" if classes <= 4 else "bottom"),
     ]
     if classes <= 4:
-        plot += p9.theme(axis_text_x=p9.element_text(rotation=30, ha="right", size=BASE_SIZE - 3))
-    return Figure(plot, 1.9 + (0.7 + 0.13 * max(classes, 3)) * rows_of(len(labels)))
+        plot += p9.theme(axis_text_x=p9.element_text(rotation=30, ha="right", size=SMALL))
+    right = frame[frame["truth"].astype(str) == frame["answer"].astype(str)]
+    alt = f"Percent of a true label's samples that are answered with it: {extremes(right, 'share', '%')}."
+    return Figure(plot, 1.9 + (0.7 + 0.13 * max(classes, 3)) * rows_of(len(labels)), Words(alt))
 
 
 def _stacked(frame: pd.DataFrame, *keys: str) -> pd.DataFrame:

@@ -1,64 +1,65 @@
-"""Joules by sequence length as pandas frames: against E_max, and of profile runs."""
+"""Joules against E_max and by sequence length, as pandas frames."""
 
 from __future__ import annotations
+
+from typing import Final
 
 import duckdb
 import pandas as pd
 
 from hestctl.compare.frames import NoDataError, of_runs, ordered
 from hestctl.compare.results import Comparison
-from hestctl.settings import Scope
 
-_GROUPS = 12
-"""Groups of like lengths of which a line has a median each."""
+PREDICTED: Final = "predicted"
+LENGTHS_DIFFER: Final = 1.5
+"""Of the longest sample over the shortest: below, lengths tell nothing apart."""
 
 
-def budget(connection: duckdb.DuckDBPyConnection, comparison: Comparison, scope: Scope) -> pd.DataFrame:
-    """``configuration, tokens, joules, emax_j``: predicted joules of every sample in this scope."""
+def budget(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
+    """``configuration, scope, kind, tokens, ratio``: joules over E_max, of configurations that have one.
+
+    ``predicted``: what the energy table says of every sample, in the scope of its budget. In scope network
+    also every generated batch by the meter, of the comparison's kind; in scope adapter the meter's joules are
+    not those that the budget counts.
+    """
     frame = of_runs(
         connection,
         comparison,
-        "(prompt_tokens + new_tokens)::DOUBLE AS tokens, scope_energy_j AS joules, emax_j::DOUBLE AS emax_j",
+        "batch_index AS batch, (prompt_tokens + new_tokens)::DOUBLE AS tokens, "
+        "scope_energy_j::DOUBLE AS scope_j, emax_j::DOUBLE AS emax_j, "
+        "CASE WHEN energy_valid AND energy_kind = "
+        f"'{comparison.energy_kind}' THEN energy_j END::DOUBLE AS energy_j",
         "samples",
         "split = ? AND scope_energy_j IS NOT NULL",
         [comparison.facts["split"]],
     )
     if frame.empty:
         raise NoDataError("no sample has scope joules: run `hestctl calibrate` before training")
-    counted = {row.config_label for row in comparison.rows if row.scope == scope}
-    frame = frame[frame["configuration"].isin(counted)]
+    frame = frame[frame["emax_j"] > 0]
     if frame.empty:
-        raise NoDataError(f"no run here has a budget of scope {scope}")
-    return frame.assign(configuration=ordered(frame["configuration"], comparison))
+        raise NoDataError("no run here has an E_max")
+    scopes = {row.config_label: row.scope for row in comparison.rows}
+    frame["scope"] = [scopes[str(label)] for label in frame["configuration"]]
+    samples = frame.assign(kind=PREDICTED, ratio=frame["scope_j"] / frame["emax_j"])
+    whole = frame[frame["scope"] == "network"].dropna(subset=["energy_j"])
+    keys = ["configuration", "scope", "run_id", "batch"]
+    sums = ["energy_j", "emax_j"]
+    batches = whole.groupby(keys, observed=True).agg({"tokens": "mean", **dict.fromkeys(sums, "sum")})
+    batches = batches.assign(kind=comparison.energy_kind, ratio=batches["energy_j"] / batches["emax_j"])
+    found = pd.concat([samples, batches.reset_index()], ignore_index=True)
+    found = found[["configuration", "scope", "kind", "tokens", "ratio"]]
+    return found.assign(configuration=ordered(found["configuration"], comparison))
 
 
-def limits(budgets: pd.DataFrame) -> pd.DataFrame:
-    """``configuration, tokens, joules``: E_max of each configuration over its range of lengths.
-
-    One number for every length is a level line; otherwise medians over groups of like lengths
-    between the shortest and the longest sample.
-    """
-    lines = []
-    for label, part in budgets[budgets["emax_j"] > 0].groupby("configuration", observed=True):
-        if part["emax_j"].nunique() == 1:
-            ends = [float(part["tokens"].min()), float(part["tokens"].max())]
-            line = pd.DataFrame({"tokens": ends, "joules": [float(part["emax_j"].iloc[0])] * 2})
-        else:
-            line = _medians(part, "emax_j")
-        lines.append(line.assign(configuration=label))
-    columns = ["configuration", "tokens", "joules"]
-    return pd.concat(lines, ignore_index=True) if lines else pd.DataFrame(columns=columns)
+def lengths_differ(budgets: pd.DataFrame) -> bool:
+    """Whether samples differ enough in length for a figure by length."""
+    return bool(budgets["tokens"].max() >= LENGTHS_DIFFER * budgets["tokens"].min())
 
 
-def beside(budgets: pd.DataFrame, comparison: Comparison) -> pd.DataFrame:
-    """``configuration, tokens, joules``: what TABS takes of the same scope, beside each other one."""
-    present = list(budgets["configuration"].cat.categories)
-    of_tabs = [row.config_label for row in comparison.rows if (row.method, row.role) == ("tabs", "baseline")]
-    tabs = next((label for label in of_tabs if label in present), None)
-    line = _medians(budgets[budgets["configuration"] == tabs], "joules")
-    others = [label for label in present if label != tabs]
-    none = line.iloc[0:0].assign(configuration=None)
-    return pd.concat([none, *(line.assign(configuration=label) for label in others)])
+def uses(budgets: pd.DataFrame) -> pd.DataFrame:
+    """``configuration, scope, kind, mean, worst``: joules over E_max of all samples or batches."""
+    groups = budgets.groupby(["configuration", "scope", "kind"], observed=True)["ratio"]
+    return groups.agg(mean="mean", worst="max").reset_index()
 
 
 def length(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
@@ -79,13 +80,3 @@ def length(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
     frame = frame.merge(runs, on=["run_id", "store"])
     labels = frame["label"].map(of_row)
     return frame.assign(configuration=ordered(labels, comparison)).drop(columns=["store", "label"])
-
-
-def _medians(part: pd.DataFrame, column: str) -> pd.DataFrame:
-    """``tokens, joules``: medians of ``column`` over groups of like lengths, and both ends."""
-    rising = part[["tokens", column]].dropna().sort_values("tokens").rename(columns={column: "joules"})
-    if rising["tokens"].nunique() < 2:
-        return rising.iloc[0:0]
-    groups = pd.qcut(rising["tokens"], _GROUPS, duplicates="drop")
-    medians = rising.groupby(groups, observed=True).median()
-    return pd.concat([rising.iloc[[0]], medians, rising.iloc[[-1]]], ignore_index=True)

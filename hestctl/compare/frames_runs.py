@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, TypeAlias
 
 import duckdb
 import numpy as np
@@ -14,11 +14,15 @@ from hestctl.compare.results import PRIMARY, Comparison
 MOST_STEPS: Final = 120
 """Points of a learning curve at most: longer ones are thinned, or a figure would be megabytes."""
 
+REPEATS: Final = "one model twice (A/A):\njoules apart, %"
+PREDICTED: Final = "joules over\npredicted joules"
 ERROR: Final = "error bound of\na sample, %"
 INVALID: Final = "windows that\ndo not count, %"
 STEPS: Final = "window length,\ncounter steps"
-SECONDS: Final = "window length,\nseconds"
-REPEATS: Final = "A/A pairs:\njoules apart, %"
+PANELS: Final = (REPEATS, PREDICTED, ERROR, INVALID, STEPS)
+
+_Mark: TypeAlias = tuple[str, str, float, float, float]
+"""Configuration, panel, value, and its ends."""
 
 
 def learning(connection: duckdb.DuckDBPyConnection, comparison: Comparison, column: str) -> pd.DataFrame:
@@ -48,28 +52,90 @@ def means(curves: pd.DataFrame) -> pd.DataFrame:
     return whole.assign(configuration=whole["configuration"].astype(curves["configuration"].dtype))
 
 
-def turns(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``configuration, step, what``: where warm-up ended and blocks settled, in the first seed."""
-    frame = of_runs(
-        connection,
-        comparison,
-        "(summary->>'$.warmup_steps')::DOUBLE AS warmup, (summary->>'$.settlement.step')::DOUBLE AS settled",
-        "runs",
+def smoothed(curves: pd.DataFrame) -> tuple[pd.DataFrame, int]:
+    """``curves`` of ``means`` as running means, and of how many recorded steps each is at most.
+
+    A mean is centred; towards both ends it is of fewer steps.
+    """
+    points = int(curves.groupby(["configuration", "split"], observed=True).size().max())
+    window = 2 * (points // 16) + 1
+    rising = curves.sort_values("step")
+    values = rising.groupby(["configuration", "split"], observed=True)["value"].transform(
+        lambda values: values.rolling(window, center=True, min_periods=1).mean()
     )
-    first = frame.drop_duplicates("configuration")
-    told = first.melt(["configuration"], ["warmup", "settled"], "what", "step").dropna(subset=["step"])
-    return told[told["step"] > 0]
+    return rising.assign(value=values), window
+
+
+def settled(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> list[float]:
+    """The steps at which blocks settled, of every run that has any."""
+    frame = of_runs(connection, comparison, "(summary->>'$.settlement.step')::DOUBLE AS settled", "runs")
+    return sorted(set(frame["settled"].dropna()))
 
 
 def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[pd.DataFrame, list[str]]:
-    """``configuration, panel, value, low, high``, a row a run, and what is not known and why.
+    """``configuration, panel, value, low, high``, a row a run or A/A pair, and what is not known and why.
 
-    The bound on a sample's joules relative to them, the share of generation's windows that do not count, how
-    long they are against the counter's step (median, with the shortest and the longest), and by how much the
-    joules of A/A pairs differ.
+    By how much the joules of A/A pairs differ, and the meter's joules over what the energy model predicts of
+    the same samples. Of a counter also the bound on a sample's joules relative to them, the share of
+    generation's windows that do not count, and how long they are against its step (median, with the
+    shortest and the longest).
     """
+    if comparison.energy_kind == "none":
+        raise NoDataError(next(filter(None, (row.measure(PRIMARY).reason for row in comparison.rows))))
+    found = [*_repeats(comparison), *_against_predictions(connection, comparison)]
+    reasons = []
+    if not comparison.repeats:
+        reasons.append("no A/A pair: train one run again with the same settings and seed")
+    if len(found) == len(comparison.repeats):
+        reasons.append("no predicted joules to compare with: run `hestctl calibrate` before training")
+    if comparison.energy_kind == "estimated":
+        reasons.append("no counter: the joules cannot be judged beyond that")
+    else:
+        of_counter, lacking = _counter(connection, comparison)
+        found += of_counter
+        reasons += lacking
+    if not found:
+        raise NoDataError("; ".join(reasons))
+    frame = pd.DataFrame(found, columns=["configuration", "panel", "value", "low", "high"])
+    panels = [panel for panel in PANELS if panel in set(frame["panel"])]
+    return (
+        frame.assign(
+            configuration=ordered(frame["configuration"], comparison),
+            panel=pd.Categorical(frame["panel"], panels),
+        ),
+        reasons,
+    )
+
+
+def _repeats(comparison: Comparison) -> list[_Mark]:
+    found = []
+    for pair in comparison.repeats:
+        ratio = pair.ratio.value or 1.0
+        edges = [end if end is not None else ratio for end in (pair.ratio.low, pair.ratio.high)]
+        # Which of the two came first says nothing.
+        apart = sorted((100 * (end - 1) if ratio >= 1 else 100 * (1 / end - 1)) for end in edges)
+        found.append((pair.label, REPEATS, 100 * (max(ratio, 1 / ratio) - 1), apart[0], apart[1]))
+    return found
+
+
+def _against_predictions(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> list[_Mark]:
+    frame = of_runs(
+        connection,
+        comparison,
+        "energy_j::DOUBLE AS energy_j, predicted_j::DOUBLE AS predicted_j",
+        "samples",
+        f"split = ? AND energy_valid AND energy_kind = '{comparison.energy_kind}' "
+        "AND energy_j IS NOT NULL AND predicted_j > 0",
+        [comparison.facts["split"]],
+    )
+    sums = frame.groupby(["configuration", "run_id"], observed=True)[["energy_j", "predicted_j"]].sum()
+    ratios = sums["energy_j"] / sums["predicted_j"]
+    return [(str(label), PREDICTED, ratio, ratio, ratio) for (label, _), ratio in ratios.items()]
+
+
+def _counter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[list[_Mark], list[str]]:
     reasons: list[str] = []
-    found: list[tuple[str, str, float, float, float]] = []
+    found: list[_Mark] = []
     for row in comparison.rows:
         error, spent = row.measure("energy_error_j_per_sample"), row.measure(PRIMARY)
         if error.value is not None and spent.value:
@@ -85,33 +151,18 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
         "kind <> 'none' AND phase = 'generation'",
     )
     if windows.empty:
-        reasons.append("no window of the meter was recorded")
+        return found, [*reasons, "no window of the meter was recorded"]
     step_s, why = _counter_step(connection, comparison)
-    if step_s is None and not windows.empty:
+    if step_s is None:
         reasons.append(f"the step of the counter is not known: {why}")
     for (name, _), part in windows.groupby(["configuration", "run_id"], observed=True):
         label = str(name)
         bad = 100 * (1 - float(part["valid"].mean()))
         found.append((label, INVALID, bad, bad, bad))
-        lengths = part["length_s"] if step_s is None else part["length_s"] / step_s
-        panel = SECONDS if step_s is None else STEPS
-        found.append((label, panel, float(lengths.median()), float(lengths.min()), float(lengths.max())))
-    for pair in comparison.repeats:
-        # Which of the two came first says nothing.
-        ratio = pair.ratio.value or 1.0
-        differ = 100 * (max(ratio, 1 / ratio) - 1)
-        found.append((pair.label, REPEATS, differ, differ, differ))
-    if not found:
-        raise NoDataError("; ".join(reasons))
-    frame = pd.DataFrame(found, columns=["configuration", "panel", "value", "low", "high"])
-    panels = [panel for panel in (ERROR, INVALID, STEPS, SECONDS, REPEATS) if panel in set(frame["panel"])]
-    return (
-        frame.assign(
-            configuration=ordered(frame["configuration"], comparison),
-            panel=pd.Categorical(frame["panel"], panels),
-        ),
-        reasons,
-    )
+        if step_s is not None:
+            lengths = part["length_s"] / step_s
+            found.append((label, STEPS, float(lengths.median()), float(lengths.min()), float(lengths.max())))
+    return found, reasons
 
 
 def _counter_step(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[float | None, str]:

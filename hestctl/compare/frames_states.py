@@ -21,28 +21,47 @@ def depth(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.D
     return _shares(_some(counts, comparison), "layer")
 
 
-def position(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[pd.DataFrame, int]:
-    """``configuration, phase, place, state, share`` over all layers, and the new tokens of one place.
+def position(
+    connection: duckdb.DuckDBPyConnection, comparison: Comparison
+) -> tuple[pd.DataFrame, int, tuple[str, ...]]:
+    """``configuration, phase, place, state, share`` over all layers, the new tokens of one place, and the rest.
 
-    ``place`` is the part of the prompt, or counts groups of new tokens.
+    ``place`` is the part of the prompt, or counts groups of new tokens. The rest says which configurations,
+    or seeds, recorded their use of directions by layer alone.
     """
-    counts = _some(
-        of_runs(connection, comparison, "phase, position, state, count", "utilisation"), comparison
-    )
-    counts = counts[counts["phase"].notna()]
+    every = _some(of_runs(connection, comparison, "phase, position, state, count", "utilisation"), comparison)
+    counts = every[every["phase"].notna()].copy()
     if counts.empty:
         raise NoDataError("these runs were recorded before positions were: only by layer")
     new = counts["phase"] == "new"
     last = int(counts.loc[new, "position"].max()) if new.any() else 0
     width = NEW_PART * -(-(last // NEW_PART + 1) // MOST_GROUPS)
     counts["place"] = counts["position"].where(~new, counts["position"] // width).astype(int)
-    return _shares(counts, "phase", "place"), width
+    counts["configuration"] = ordered(counts["configuration"], comparison)
+    return _shares(counts, "phase", "place"), width, _without_positions(every, counts)
+
+
+def _without_positions(every: pd.DataFrame, counts: pd.DataFrame) -> tuple[str, ...]:
+    runs, held = (
+        one.groupby("configuration", observed=True)["run_id"].nunique().rename(str) for one in (every, counts)
+    )
+    none = [label for label in runs.index if label not in held.index]
+    partly = [f"{label} {held[label]} of {runs[label]}" for label in held.index if held[label] < runs[label]]
+    told = []
+    if none:
+        told.append(
+            f"not shown, since their runs recorded the use of directions by layer alone: {', '.join(none)}"
+        )
+    if partly:
+        told.append(f"seeds that recorded it by position: {', '.join(partly)}")
+    return tuple(told)
 
 
 def blocks(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
-    """``configuration, layer, block, state``: what a layer's own blocks are in, by the plans.
+    """``configuration, layer, block, state, agreed``: what a layer's own blocks are in, by the plans.
 
-    The state that most seeds chose, the later run's where they tie. Empty where every block is in full.
+    The state that most seeds chose, the later run's where they tie; ``agreed`` says whether all chose it.
+    Empty where every block is in full.
     """
     plans = of_runs(
         connection,
@@ -64,8 +83,20 @@ def blocks(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
     if frame.empty:
         return frame
     keys = ["configuration", "layer", "block"]
-    most = frame.groupby(keys, sort=False)["state"].agg(lambda states: states.mode().iloc[-1]).reset_index()
+    most = frame.groupby(keys, sort=False)["state"].agg(
+        state=lambda states: states.mode().iloc[-1], agreed=lambda states: states.nunique() == 1
+    )
+    most = most.reset_index()
     return most.assign(configuration=ordered(most["configuration"], comparison))
+
+
+def alike(blocks: pd.DataFrame) -> list[list[str]]:
+    """Configurations whose blocks are in the same states, two or more together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for label, part in blocks.groupby("configuration", observed=True):
+        states = tuple(part.sort_values(["block", "layer"])["state"])
+        groups.setdefault(states, []).append(str(label))
+    return [labels for labels in groups.values() if len(labels) > 1]
 
 
 def confusion(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.DataFrame:
@@ -114,6 +145,8 @@ def _shares(counts: pd.DataFrame, *keys: str) -> pd.DataFrame:
     """``configuration``, ``keys``, ``state`` and ``share``: percent of the counts under the same keys."""
     by = ["configuration", *keys]
     sums = counts.groupby([*by, "state"], observed=True)["count"].sum().reset_index()
+    # A state that never occurs has no place in a legend.
+    sums = sums[sums.groupby("state")["count"].transform("sum") > 0].copy()
     sums["share"] = 100 * sums["count"] / sums.groupby(by, observed=True)["count"].transform("sum")
     present = [state for state in STATES if state in set(sums["state"])]
     return sums.assign(state=pd.Categorical(sums["state"], present)).drop(columns="count")

@@ -14,7 +14,7 @@ _REACHES_IN: Final = (0.0, 0.1, 0.22, 0.36, 0.52, 0.72, 0.95, 1.2)
 """How far from its mark a label may go."""
 _MARK_IN: Final = 0.07
 _THIN_IN: Final = 0.01
-_LEAST_LINE_IN: Final = 0.05
+_LEAST_LINE_IN: Final = 0.01
 _ROUNDS: Final = 3
 """How often every label may move once the others are placed."""
 

@@ -56,9 +56,6 @@ _KINDS: Final[Mapping[str, Mark]] = {
     "base": Mark("#8A8A8A", "p", "dotted"),
 }
 
-TABS: Final = _KINDS["tabs"]
-"""How TABS is drawn where it stands beside the others."""
-
 SHADES: Final[Mapping[Theme, Mapping[str, str]]] = {
     "light": {"off": "#E4E7EB", "int8": "#6BAED6", "full": "#08457E"},
     "dark": {"off": "#2E343D", "int8": "#4A83B5", "full": "#BFE0FF"},
