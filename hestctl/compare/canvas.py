@@ -98,14 +98,14 @@ class Canvas:
             ),
         ]
 
-    def named_lines(self, ends: pd.DataFrame, gap: float) -> list[Any]:
+    def named_lines(self, ends: pd.DataFrame, gap: float, limits: tuple[float, float]) -> list[Any]:
         """Names at the right ends of lines, ``gap`` apart, each with a line to its own end.
 
-        ``ends`` has ``step``, ``value``, ``configuration`` and ``colour``, of one panel.
+        ``ends`` has ``step``, ``value`` and ``configuration``, of one panel; names stay between ``limits``.
         """
         span = float(ends["step"].max()) or 1.0
         told = ends.assign(
-            at=apart(ends["value"].tolist(), gap), start=ends["step"] + 0.01 * span, name=1.09 * span
+            at=apart(ends["value"].tolist(), gap, limits), start=ends["step"] + 0.01 * span, name=1.09 * span
         )
         return [
             p9.geom_segment(
@@ -140,7 +140,7 @@ def extremes(frame: pd.DataFrame, column: str, unit: str) -> str:
     known = frame.dropna(subset=[column]).reset_index(drop=True)
     if known.empty:
         return "none"
-    ends = [known.loc[known[column].idxmin()], known.loc[known[column].idxmax()]]
+    ends = [known.iloc[int(place)] for place in (known[column].argmin(), known[column].argmax())]
     told = [f"{end['configuration']} {number(float(end[column]))} {unit}".rstrip() for end in ends]
     return told[0] if told[0] == told[1] else " to ".join(told)
 

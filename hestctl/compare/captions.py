@@ -23,8 +23,8 @@ CAPTIONS: Final[Mapping[str, tuple[str, str]]] = {
     ),
     "energy_distribution": (
         "Is the mean carried by a few batches?",
-        "Not where the diamond, the mean, lies inside the box, the middle half of the batches. The meter sees "
-        "whole batches, so no sample of one is shown alone. A saving that is real moves the whole box.",
+        "Not where the diamond, the mean, lies inside the box, the middle half of the batches. The meter "
+        "sees whole batches, so no sample of one is shown alone. A saving that is real moves the whole box.",
     ),
     "latency": (
         "How long does a batch take, and how long the slowest?",

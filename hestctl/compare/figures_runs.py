@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotnine
 from matplotlib.ticker import MaxNLocator
@@ -44,13 +45,14 @@ def learning_budget(canvas: Canvas) -> Figure:
         parts.append(found[found["split"] == "train"].assign(panel=panel))
     frame, left = canvas.chosen(pd.concat(parts, ignore_index=True), MOST_ROWS)
     curves = pd.concat(
-        [frames_runs.means(part).assign(panel=panel) for panel, part in frame.groupby("panel", sort=False)]
+        [frames_runs.means(part).assign(panel=panel) for panel, part in frame.groupby("panel", sort=False)],
+        ignore_index=True,
     )
     curves["panel"] = pd.Categorical(curves["panel"], [_RATIO, _MULTIPLIER])
     height_in = max(1.6, _LINE_IN * 1.05 * curves["configuration"].nunique())
     plot, ends = _lines(canvas, curves, height_in)
-    ratio = pd.DataFrame({"panel": pd.Categorical([_RATIO], curves["panel"].cat.categories), "at": [1.0]})
-    plot += p9.geom_hline(p9.aes(yintercept="at"), data=ratio, color=canvas.ink.text, size=0.5)
+    level = curves[curves["panel"] == _RATIO].assign(value=1.0)
+    plot += p9.geom_line(data=level, color=canvas.ink.text, size=0.5)
     says = "mean over seeds; joules are predicted; level line: E_max"
     settled = frames_runs.settled(canvas.connection, canvas.comparison)
     if settled:
@@ -80,8 +82,9 @@ def _lines(canvas: Canvas, curves: pd.DataFrame, height_in: float) -> tuple[Any,
         plot += p9.geom_line(p9.aes(group="configuration", linetype="line"), data=many, size=0.7)
     for _, part in ends.groupby("panel", observed=True):
         values = curves.loc[curves["panel"] == part["panel"].iloc[0], "value"]
-        span = float(values.max() - values.min()) or abs(float(values.max())) or 1.0
-        plot += canvas.named_lines(part, 1.1 * span * _LINE_IN / height_in)
+        low, high = float(values.min()), float(values.max())
+        span = high - low or abs(high) or 1.0
+        plot += canvas.named_lines(part, 1.1 * span * _LINE_IN / height_in, (low, low + span))
     plot += [
         p9.geom_point(data=ends, size=0.9),
         p9.facet_wrap("panel", ncol=1, scales="free_y"),
@@ -112,8 +115,11 @@ def meter(canvas: Canvas) -> Figure:
     names = {panel: panel.replace("joules over", f"{canvas.word} over") for panel in kinds}
     frame["panel"] = frame["panel"].cat.rename_categories(names)
     frame["configuration"] = pd.Categorical(frame["configuration"], labels[::-1])
-    # A panel of nothing but zeros is no reason for an axis from -0.5 to 0.5.
-    ends = frame.groupby("panel", observed=True)["high"].max().clip(lower=1.0).reset_index(name="value")
+    # What is counted begins at 0, and a panel of nothing but zeros is no reason for an axis from -0.5 to 0.5.
+    # A ratio is seen beside 1.
+    high = frame.groupby("panel", observed=True)["high"].max().clip(lower=1.0).reset_index(name="value")
+    ratio = high["panel"] == names.get(frames_runs.PREDICTED)
+    ends = pd.concat([high[~ratio], high.assign(value=np.where(ratio, 1.0, 0.0))])
     ends["configuration"] = frame["configuration"].iloc[0]
     alike = pd.DataFrame(
         {"panel": [names[kind] for kind in kinds if kind == frames_runs.PREDICTED], "at": 1.0}
@@ -133,7 +139,7 @@ def meter(canvas: Canvas) -> Figure:
         + p9.scale_color_identity()
         + p9.scale_fill_identity()
         + p9.scale_shape_identity()
-        + p9.scale_x_continuous(limits=(0, None), breaks=_few_breaks)
+        + p9.scale_x_continuous(breaks=_few_breaks)
         + p9.labs(x="", y="")
         + canvas.look(
             "How far the joules can be trusted",

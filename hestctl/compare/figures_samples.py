@@ -52,10 +52,11 @@ def budget(canvas: Canvas) -> Figure:
     found = frames_budget.budget(canvas.connection, canvas.comparison)
     by_length = frames_budget.lengths_differ(found)
     frame, left = canvas.chosen(found, MOST_PANELS if by_length else MOST_ROWS)
-    labels = labels_of(frame)
     kinds = list(dict.fromkeys(frame["kind"]))
     metered = f"; filled: batches, {canvas.word}" if len(kinds) > 1 else ""
-    says = [f"hollow: samples, predicted by the energy table{metered}; line: E_max"]
+    says = [f"hollow: samples, predicted by the energy table{metered}"]
+    if not by_length:
+        says.append("marks and numbers: means; lines end at the largest")
     outside = sorted({str(one) for one in frame.loc[frame["scope"] == "adapter", "configuration"]})
     if outside:
         says.append(
@@ -107,19 +108,20 @@ def _budget_strip(canvas: Canvas, frame: pd.DataFrame, axis: str) -> tuple[Any, 
     shift = np.where(predicted, _BESIDE, -_BESIDE) * both
     told["row"] = [labels.index(str(label)) for label in told["configuration"]] + shift
     told["fill"] = told["colour"].where(~predicted, canvas.ink.paper)
-    told["text"] = [f"  {number(mean)}" for mean in told["mean"]]
+    told["text"] = [number(mean) for mean in told["mean"]]
+    told["side"] = 1.04 * told["worst"].max()
     plot = (
         p9.ggplot(told, p9.aes("mean", "row"))
         + p9.geom_vline(xintercept=1.0, color=canvas.ink.text, size=0.6)
         + p9.geom_segment(p9.aes(xend="worst", yend="row", color="colour"), size=0.6)
         + p9.geom_point(p9.aes(color="colour", shape="shape", fill="fill"), size=2, stroke=0.5)
-        + p9.geom_text(p9.aes("worst", label="text"), ha="left", size=SMALL, color=canvas.ink.text)
+        + p9.geom_text(p9.aes("side", label="text"), ha="left", size=SMALL, color=canvas.ink.text)
         + p9.scale_color_identity()
         + p9.scale_fill_identity()
         + p9.scale_shape_identity()
         + p9.scale_x_continuous(limits=(0, None), expand=(0, 0, 0.14, 0))
         + p9.scale_y_continuous(breaks=range(len(labels)), labels=labels, expand=(0, 0.5))
-        + p9.labs(x=f"{axis}; lines end at the largest", y="")
+        + p9.labs(x=axis, y="")
         + p9.theme(panel_grid_major_y=p9.element_blank())
     )
     return plot, 1.7 + 0.3 * len(labels)
@@ -130,13 +132,14 @@ def length(canvas: Canvas) -> Figure:
     frame = canvas.marked(frames_budget.length(canvas.connection, canvas.comparison))
     batches = frame["batch"].nunique()
     by = ["configuration", "colour", "line", "batch", "tokens"]
-    means = frame.groupby(by, observed=True, as_index=False)["joules"].mean()
+    means = frame.groupby(by, observed=True)["joules"].mean().reset_index()
     last = means.groupby(["configuration", "batch"], observed=True)["tokens"].transform("max")
     ends = means[means["tokens"] == last]
     panel_in = 2.2 if batches == 1 else 1.5
     gap = float(frame["joules"].max()) * 0.13 / panel_in
+    limits = (0.0, float(frame["joules"].max()))
     ends = pd.concat(
-        part.assign(joules=apart(part["joules"].tolist(), gap)) for _, part in ends.groupby("batch")
+        part.assign(joules=apart(part["joules"].tolist(), gap, limits)) for _, part in ends.groupby("batch")
     )
     plot = (
         p9.ggplot(frame, p9.aes("tokens", "joules", color="colour"))
@@ -231,4 +234,4 @@ def _tails(canvas: Canvas, labels: Sequence[str]) -> pd.DataFrame:
         if one.label in labels and (value := one.measure("latency_p99_s").value) is not None
     ]
     frame = pd.DataFrame(found, columns=["configuration", "value", "text"])
-    return frame.assign(configuration=pd.Categorical(frame["configuration"], labels[::-1]))
+    return frame.assign(configuration=pd.Categorical(frame["configuration"], list(labels[::-1])))

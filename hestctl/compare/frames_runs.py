@@ -129,8 +129,9 @@ def _against_predictions(connection: duckdb.DuckDBPyConnection, comparison: Comp
         [comparison.facts["split"]],
     )
     sums = frame.groupby(["configuration", "run_id"], observed=True)[["energy_j", "predicted_j"]].sum()
-    ratios = sums["energy_j"] / sums["predicted_j"]
-    return [(str(label), PREDICTED, ratio, ratio, ratio) for (label, _), ratio in ratios.items()]
+    ratios = (sums["energy_j"] / sums["predicted_j"]).reset_index(name="ratio")
+    pairs = zip(ratios["configuration"].astype(str), ratios["ratio"].tolist(), strict=True)
+    return [(label, PREDICTED, ratio, ratio, ratio) for label, ratio in pairs]
 
 
 def _counter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tuple[list[_Mark], list[str]]:

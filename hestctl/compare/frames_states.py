@@ -24,10 +24,10 @@ def depth(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.D
 def position(
     connection: duckdb.DuckDBPyConnection, comparison: Comparison
 ) -> tuple[pd.DataFrame, int, tuple[str, ...]]:
-    """``configuration, phase, place, state, share`` over all layers, the new tokens of one place, and the rest.
+    """``configuration, phase, place, state, share`` over all layers, the new tokens of one place, what lacks.
 
-    ``place`` is the part of the prompt, or counts groups of new tokens. The rest says which configurations,
-    or seeds, recorded their use of directions by layer alone.
+    ``place`` is the part of the prompt, or counts groups of new tokens. What lacks are configurations, or
+    seeds, that recorded their use of directions by layer alone.
     """
     every = _some(of_runs(connection, comparison, "phase, position, state, count", "utilisation"), comparison)
     counts = every[every["phase"].notna()].copy()
@@ -83,10 +83,9 @@ def blocks(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> pd.
     if frame.empty:
         return frame
     keys = ["configuration", "layer", "block"]
-    most = frame.groupby(keys, sort=False)["state"].agg(
-        state=lambda states: states.mode().iloc[-1], agreed=lambda states: states.nunique() == 1
-    )
-    most = most.reset_index()
+    states = frame.groupby(keys, sort=False)["state"]
+    most = states.agg(lambda chosen: chosen.mode().iloc[-1]).reset_index()
+    most["agreed"] = (states.nunique() == 1).to_numpy()
     return most.assign(configuration=ordered(most["configuration"], comparison))
 
 

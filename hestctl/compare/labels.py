@@ -93,15 +93,20 @@ def width_in(text: str, points_of_type: float) -> float:
     return float(TextPath((0.0, 0.0), text, size=points_of_type).get_extents().width) / 72
 
 
-def apart(values: Sequence[float], gap: float) -> list[float]:
+def apart(values: Sequence[float], gap: float, ends: tuple[float, float]) -> list[float]:
     """``values`` moved as little as it takes for neighbours to be ``gap`` apart, in their own order.
 
-    The sum of squares of the moves is the least there is.
+    The sum of squares of the moves is the least there is. They stay between ``ends`` where there is room.
     """
     if not len(values):
         return []
+    low, high = ends[0], ends[1] - (len(values) - 1) * gap
+    if high < low:
+        low = high = (low + high) / 2
     order = sorted(range(len(values)), key=lambda nth: values[nth])
-    level = isotonic_regression([values[nth] - place * gap for place, nth in enumerate(order)]).x
+    level = isotonic_regression([values[nth] - place * gap for place, nth in enumerate(order)]).x.clip(
+        low, high
+    )
     moved = [0.0] * len(values)
     for place, nth in enumerate(order):
         moved[nth] = float(level[place]) + place * gap
