@@ -75,8 +75,8 @@ class Canvas:
         kept = set(sorted(labels, key=lambda label: (label not in first, spent[label]))[:most])
         left = [label for label in labels if label not in kept]
         says = (
-            f"room for {most} of {len(labels)} configurations: the best, one of each kind, then those with "
-            f"the fewest joules; not shown: {', '.join(left)}"
+            f"{most} of {len(labels)} configurations fit: the best, one of each kind, then those with the "
+            f"fewest joules; not shown: {', '.join(left)}"
         )
         part = frame[frame["configuration"].isin(kept)]
         return part.assign(configuration=frames.ordered(part["configuration"], found)), says
@@ -142,6 +142,8 @@ def extremes(frame: pd.DataFrame, column: str, unit: str) -> str:
         return "none"
     ends = [known.iloc[int(place)] for place in (known[column].argmin(), known[column].argmax())]
     told = [f"{end['configuration']} {number(float(end[column]))} {unit}".rstrip() for end in ends]
+    if len(known) > 1 and known[column].nunique() == 1:
+        return f"all {number(float(known[column].iloc[0]))} {unit}".rstrip()
     return told[0] if told[0] == told[1] else " to ".join(told)
 
 

@@ -37,7 +37,7 @@ def energy(canvas: Canvas) -> Figure:
     frame["colour"] = frame["colour"].where(equal, canvas.ink.muted)
     frame["fill"] = frame["colour"].where(equal, canvas.ink.paper)
     frame["configuration"] = pd.Categorical(frame["configuration"], frame["configuration"][::-1])
-    titles = [f"joules per sample, {canvas.word}"]
+    titles = [f"{canvas.word} joules per sample"]
     if frame["points"].notna().any() and best is not None:
         titles.append(f"{_score(canvas)} less that of {best.label}, points")
     titles = [textwrap.fill(title, _PANEL_TITLE) for title in titles]
@@ -45,11 +45,10 @@ def energy(canvas: Canvas) -> Figure:
     score = frame.assign(value=frame["points"], low=frame["points_low"], high=frame["points_high"])
     panels = [part.assign(panel=title) for part, title in zip((spent, score), titles, strict=False)]
     long = pd.concat(panels)
-    texts = spent.assign(
-        text=[f"  {number(joules)}" for joules in spent["joules"]], side="left", panel=titles[0]
-    )
-    texts["value"] = texts["high"]
-    room = [(titles[0], 0.0), (titles[0], 1.3 * float(frame["high"].max()))]
+    reach = float(frame["high"].max())
+    texts = spent.assign(text=[number(joules) for joules in spent["joules"]], side="left", panel=titles[0])
+    texts["value"] = texts["high"] + 0.05 * reach
+    room = [(titles[0], 0.0), (titles[0], 1.3 * reach)]
     if len(panels) == 2:
         words, ends = _words(score, margin)
         texts = pd.concat([texts, words.assign(panel=titles[1])])
@@ -101,12 +100,12 @@ def _words(score: pd.DataFrame, margin: float) -> tuple[pd.DataFrame, tuple[floa
     found = []
     # A verdict stands once, so that its rows are seen as a group.
     for _, row in known.drop_duplicates("verdict").iterrows():
-        text = f"  {_VERDICTS.get(row['verdict'], row['verdict'])}  "
-        wide = span * (width_in(text, SMALL) + 0.1) / _PANEL_IN
+        text = _VERDICTS.get(row["verdict"], row["verdict"])
+        wide = span * (width_in(text, SMALL) + 0.15) / _PANEL_IN
         if row["low"] - wide >= left:
-            found.append((row["configuration"], row["low"], text, "right"))
+            found.append((row["configuration"], row["low"] - 0.06 * span, text, "right"))
         else:
-            found.append((row["configuration"], row["high"], text, "left"))
+            found.append((row["configuration"], row["high"] + 0.06 * span, text, "left"))
             right = max(right, row["high"] + wide)
     words = pd.DataFrame(found, columns=["configuration", "value", "text", "side"])
     words["configuration"] = pd.Categorical(words["configuration"], score["configuration"].cat.categories)

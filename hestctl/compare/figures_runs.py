@@ -20,6 +20,14 @@ _LINE_IN = 0.15
 """Between the names of two lines."""
 _RATIO = "J / E_max, predicted"
 _MULTIPLIER = "multiplier"
+_TITLES = {
+    frames_runs.REPEATS: "A/A pairs apart, %\nof {word} joules",
+    frames_runs.PREDICTED: "{word} over\npredicted joules",
+    frames_runs.ERROR: "error bound of\na sample, %",
+    frames_runs.INVALID: "windows that\ndo not count, %",
+    frames_runs.STEPS: "window length,\ncounter steps",
+}
+"""What the panels of the meter are called."""
 
 
 def learning_loss(canvas: Canvas) -> Figure:
@@ -51,8 +59,10 @@ def learning_budget(canvas: Canvas) -> Figure:
     curves["panel"] = pd.Categorical(curves["panel"], [_RATIO, _MULTIPLIER])
     height_in = max(1.6, _LINE_IN * 1.05 * curves["configuration"].nunique())
     plot, ends = _lines(canvas, curves, height_in)
-    level = curves[curves["panel"] == _RATIO].assign(value=1.0)
-    plot += p9.geom_line(data=level, color=canvas.ink.text, size=0.5)
+    level = ends[ends["panel"] == _RATIO].nlargest(1, "step").assign(value=1.0, start=0.0)
+    plot += p9.geom_segment(
+        p9.aes("start", "value", xend="step", yend="value"), data=level, size=0.5, color=canvas.ink.text
+    )
     says = "mean over seeds; joules are predicted; level line: E_max"
     settled = frames_runs.settled(canvas.connection, canvas.comparison)
     if settled:
@@ -111,8 +121,8 @@ def meter(canvas: Canvas) -> Figure:
     frame = canvas.marked(frame)
     labels = labels_of(frame)
     kinds = [str(panel) for panel in frame["panel"].cat.categories]
-    columns = min(len(kinds), 3)
-    names = {panel: panel.replace("joules over", f"{canvas.word} over") for panel in kinds}
+    columns = 2 if len(kinds) == 4 else min(len(kinds), 3)
+    names = {panel: _TITLES[panel].format(word=canvas.word) for panel in kinds}
     frame["panel"] = frame["panel"].cat.rename_categories(names)
     frame["configuration"] = pd.Categorical(frame["configuration"], labels[::-1])
     # What is counted begins at 0, and a panel of nothing but zeros is no reason for an axis from -0.5 to 0.5.
@@ -143,7 +153,7 @@ def meter(canvas: Canvas) -> Figure:
         + p9.labs(x="", y="")
         + canvas.look(
             "How far the joules can be trusted",
-            f"joules {canvas.metered}; a mark is a run or a pair of runs",
+            f"joules {canvas.metered}; a mark is a run, or an A/A pair: one model twice",
             *reasons,
         )
         + p9.theme(

@@ -14,12 +14,13 @@ from hestctl.compare.results import PRIMARY, Comparison
 MOST_STEPS: Final = 120
 """Points of a learning curve at most: longer ones are thinned, or a figure would be megabytes."""
 
-REPEATS: Final = "one model twice (A/A):\njoules apart, %"
-PREDICTED: Final = "joules over\npredicted joules"
-ERROR: Final = "error bound of\na sample, %"
-INVALID: Final = "windows that\ndo not count, %"
-STEPS: Final = "window length,\ncounter steps"
+REPEATS: Final = "repeats"
+PREDICTED: Final = "predicted"
+ERROR: Final = "error"
+INVALID: Final = "invalid"
+STEPS: Final = "steps"
 PANELS: Final = (REPEATS, PREDICTED, ERROR, INVALID, STEPS)
+"""What is known of a meter, in the order in which it is shown."""
 
 _Mark: TypeAlias = tuple[str, str, float, float, float]
 """Configuration, panel, value, and its ends."""
@@ -89,7 +90,7 @@ def meter(connection: duckdb.DuckDBPyConnection, comparison: Comparison) -> tupl
     if len(found) == len(comparison.repeats):
         reasons.append("no predicted joules to compare with: run `hestctl calibrate` before training")
     if comparison.energy_kind == "estimated":
-        reasons.append("no counter: the joules cannot be judged beyond that")
+        reasons.append("no counter: the estimated joules cannot be judged beyond that")
     else:
         of_counter, lacking = _counter(connection, comparison)
         found += of_counter

@@ -28,18 +28,19 @@ from simulated_runs import (
     wide_study,
 )
 
-from hestctl.compare import frames, frames_states
+from hestctl.compare import figures_energy, frames, frames_states
 from hestctl.compare.canvas import MOST_PANELS, Canvas
 from hestctl.compare.captions import CAPTIONS
 from hestctl.compare.figures import TOPICS, draw
 from hestctl.compare.style import Theme, marks
 from hestctl.compare.table import compare, write_csv
+from hestctl.compare.text import number
 from hestctl.errors import HestError
 from hestctl.records import EnergyKind
 
 MEASURED = {
-    *("energy", "front", "parts", "energy_distribution", "latency", "budget_adapter", "length"),
-    *("depth", "position", "learning_loss", "learning_energy", "learning_multiplier", "meter"),
+    *("energy", "front", "parts", "energy_distribution", "latency", "budget", "length"),
+    *("depth", "position", "learning_loss", "learning_budget", "meter"),
 }
 """Topics of a measured run of hest in scope adapter that has all there is to record, and of its profile."""
 
@@ -56,7 +57,7 @@ def test_a_whole_study_is_one_file_a_topic(tmp_path: Path) -> None:
     connection = wide_study(24, seeds=2)
     drawn = draw(connection, compare(connection), tmp_path, dpi=40)
     names = {path.name for path in drawn}
-    assert names == {f"comparison_{topic}.png" for topic in {*MEASURED, "budget_network"}}
+    assert names == {f"comparison_{topic}.png" for topic in MEASURED}
     assert all(path.stat().st_size > 1000 for path in drawn)
     assert {path.name for path in tmp_path.iterdir()} == names
     assert not drawn.reasons
@@ -92,8 +93,10 @@ def test_one_run_of_few_samples_is_drawn_as_far_as_it_goes(method: str, tmp_path
     drawn = draw(connection, compare(connection), tmp_path, dpi=40)
     names = {path.stem.removeprefix("comparison_") for path in drawn}
     assert {"energy", "parts", "energy_distribution", "latency", "meter"} <= names
-    assert ({"budget_adapter", "depth", "position"} <= names) == (scope_j is not None)
+    assert ({"depth", "position"} <= names) == (scope_j is not None)
     assert drawn.reasons["comparison_front"] == "the texts were not scored"
+    lacking = "no run here has an E_max" if scope_j else "no sample has scope joules"
+    assert drawn.reasons["comparison_budget"].startswith(lacking)
 
 
 def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
@@ -106,12 +109,12 @@ def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
     for topic in ("energy", "front", "energy_distribution"):
         assert drawn.reasons[f"comparison_{topic}"] == "the run had no energy meter: no device", topic
     assert drawn.reasons["comparison_parts"].startswith("the run had no energy meter")
-    assert "hestctl calibrate" in drawn.reasons["comparison_budget_adapter"]
+    assert "hestctl calibrate" in drawn.reasons["comparison_budget"]
     assert "hestctl profile" in drawn.reasons["comparison_length"]
     assert drawn.reasons["comparison_depth"] == "none of these methods has directions"
     assert drawn.reasons["comparison_learning_loss"] == "no step was recorded"
-    assert "budget" in drawn.reasons["comparison_learning_multiplier"]
-    assert "no window of the meter was recorded" in drawn.reasons["comparison_meter"]
+    assert "budget" in drawn.reasons["comparison_learning_budget"]
+    assert drawn.reasons["comparison_meter"] == "the run had no energy meter: no device"
 
 
 def test_classification_has_a_panel_of_labels_for_every_configuration(tmp_path: Path) -> None:
@@ -195,6 +198,109 @@ def test_csv_holds_every_run_and_quotes_what_a_spreadsheet_would_run(tmp_path: P
     assert line["energy_kind"] == "measured"
 
 
+def test_every_figure_says_what_it_shows_and_the_extremes(tmp_path: Path) -> None:
+    connection = wide_study(24, seeds=2)
+    found = compare(connection)
+    drawn = draw(connection, found, tmp_path, dpi=40)
+    assert set(drawn.words) == {path.stem for path in drawn}
+    spent = frames.energy(found).sort_values("joules")
+    least, most = (
+        f"{one.configuration} {number(float(one.joules))} J"
+        for one in (*spent[:1].itertuples(), *spent[-1:].itertuples())
+    )
+    for topic in ("energy", "front", "energy_distribution"):
+        assert f"{least} to {most}" in drawn.words[f"comparison_{topic}"].alt
+        assert "measured" in drawn.words[f"comparison_{topic}"].alt
+    for name, words in drawn.words.items():
+        assert re.search(r"\d", words.alt), name
+        assert words.alt.endswith("."), name
+    assert "chose the same blocks" in drawn.words["comparison_depth"].more
+
+
+def test_what_is_not_shown_to_be_equal_is_grey() -> None:
+    connection = wide_study(40)
+    found = compare(connection)
+    canvas = Canvas(connection, found, "light")
+    drawn = figures_energy.energy(canvas).plot.data
+    assert drawn["panel"].nunique() == 2
+    for one in drawn.itertuples():
+        equal = found.equal_quality[str(one.configuration)] == "not inferior"
+        assert one.colour == (canvas.marks[str(one.configuration)].colour if equal else canvas.ink.muted)
+        assert one.fill == (one.colour if equal else canvas.ink.paper)
+
+
+def test_far_inferior_configurations_stand_below_the_front_and_in_their_order() -> None:
+    connection = wide_study(40, seeds=1)
+    run = a_run("lora", 77, settings={"backbone": {"name": "smollm2-135m", "skip_last": 9}})
+    add(connection, run, samples=generated(run, 40, joules=10.0, score=9.0))
+    canvas = Canvas(connection, compare(connection), "light")
+    drawn = figures_energy.front(canvas).plot.data.set_index("configuration")
+    far = drawn[drawn["far"]]
+    assert {"base", "lora last 9 off control"} <= set(far.index)
+    assert far["y"].max() < drawn.loc[~drawn["far"], "y_low"].min()
+    assert far.loc["lora last 9 off control", "y"] < far.loc["base", "y"]
+    assert not far["best"].any()
+    assert all(label.endswith("points") for label in far["label"])
+
+
+@pytest.mark.usefixtures("_text_stays_text")
+def test_a_tail_is_drawn_where_the_table_has_one_and_nowhere_else(tmp_path: Path) -> None:
+    connection = empty_store()
+    for method, count in (("lora", 400), ("base", 396)):
+        run = a_run(method, 1)
+        add(connection, run, samples=generated(run, count))
+    found = compare(connection)
+    tails = {row.config_label: row.measure("latency_p99_s").value for row in found.rows}
+    assert tails["base"] is None
+    drawn = draw(connection, found, tmp_path, formats=("svg",), only=lambda name: name.endswith("latency"))
+    texts = [text for text, _ in drawn_texts(drawn[0])]
+    assert number(tails["lora"] or 0.0) in texts
+    assert any("no p99 below 100 batches" in text for text in texts)
+    assert f"p99: lora {number(tails['lora'] or 0.0)} s" in drawn.words["comparison_latency"].alt
+
+
+@pytest.mark.usefixtures("_text_stays_text")
+def test_samples_of_like_lengths_are_held_against_e_max_in_one_strip(tmp_path: Path) -> None:
+    connection = empty_store()
+    for number_, scope in ((1, "network"), (2, "adapter")):
+        run = a_run("hest", number_, scope=scope)
+        samples = [
+            replace(one, prompt_tokens=100, new_tokens=20 + one.position)
+            for one in generated(run, 12, scope_j=0.1, emax_j=60.0)
+        ]
+        add(connection, run, samples=samples)
+    drawn = draw(
+        connection, compare(connection), tmp_path, formats=("svg",), only=lambda name: name.endswith("budget")
+    )
+    words = drawn.words["comparison_budget"]
+    assert words.more == "Samples have 120 to 131 tokens: lengths tell nothing apart."
+    assert "predicted means" in words.alt
+    assert "measured means: hest 0.6 network" in words.alt
+    texts = " ".join(text for text, _ in drawn_texts(drawn[0]))
+    assert "predicted only, since the meter sees more than a budget of directions: hest 0.6 adapter" in texts
+    assert "prompt and new tokens" not in texts
+
+
+def test_the_caption_of_the_parts_is_of_what_is_drawn() -> None:
+    connection = empty_store()
+    run = a_run("lora", 1)
+    add(connection, run, samples=[replace(one, energy_net_j=None) for one in generated(run, 12)])
+    words = figures_energy.parts(Canvas(connection, compare(connection), "light")).words
+    assert words.more.startswith("The bars are by phase.")
+    assert "the idle draw is not known" in words.more
+    whole = wide_study(8, seeds=1)
+    words = figures_energy.parts(Canvas(whole, compare(whole), "light")).words
+    assert words.more == "The bars are by phase and by cause."
+
+
+def test_what_all_lack_is_not_a_list_of_all() -> None:
+    connection = empty_store()
+    for method in ("lora", "base"):
+        run = a_run(method, 1)
+        add(connection, run, samples=[replace(one, energy_net_j=None) for one in generated(run, 12)])
+    assert frames.parts(connection, compare(connection))[1] == ["idle draw: the meter does not know it (all)"]
+
+
 JOULES = re.compile(r"(?<!\w)[mµn]?J\b|[Jj]oule")
 WORD = re.compile(r"(?<!not )\b(measured|estimated|predicted)\b")
 RATIO = "J / E_max"
@@ -242,7 +348,7 @@ def one_budgeted_run(
     samples = generated(run, 24, scope_j=0.017, emax_j=0.016)
     if labelled:
         samples = [replace(one, scope_energy_j=0.01, emax_j=0.02) for one in classified(run, 24, 0.8)]
-    samples = [replace(one, directions_int8=5, directions_full=7) for one in samples]
+    samples = [replace(one, directions_int8=5, directions_full=7, predicted_j=1.0) for one in samples]
     add(
         connection,
         run,
@@ -262,7 +368,7 @@ def texts_of(
 ) -> dict[str, list[tuple[str, bool]]]:
     """The texts of every figure by its file name."""
     drawn = draw(connection, compare(connection), folder / theme, theme=theme, formats=("svg",))
-    assert list(drawn.reasons.values()) == ["no run here has a budget of scope network"]
+    assert not drawn.reasons
     return {path.name: drawn_texts(path) for path in drawn}
 
 
@@ -277,9 +383,8 @@ def test_every_joule_in_a_figure_has_its_word(tmp_path: Path, kind: EnergyKind, 
     connection = one_budgeted_run(kind, labelled=labelled)
     light = texts_of(connection, tmp_path, "light")
     assert set(light) == {f"comparison_{topic}.svg" for topic in {*MEASURED, *(["confusion"] * labelled)}}
-    without = {"latency", "depth", "position", "learning_loss", "learning_multiplier", "confusion"}
-    of_table = {"budget_adapter", "learning_energy"}
-    of_both = {"energy"}  # what the meter gives, and what share of E_max the scope takes
+    without = {"latency", "depth", "position", "learning_loss", "confusion"}
+    of_table = {"budget", "learning_budget"}
     for name, texts in light.items():
         topic = name.removeprefix("comparison_").removesuffix(".svg")
         assert unworded(texts) == [], name
@@ -287,7 +392,7 @@ def test_every_joule_in_a_figure_has_its_word(tmp_path: Path, kind: EnergyKind, 
         assert bool(of_joules) == (topic not in without), name
         words = {word for text in of_joules for word in WORD.findall(text)}
         expected = {kind} if topic not in of_table else set()
-        expected |= {"predicted"} if topic in of_table | of_both else set()
+        expected |= {"predicted"} if topic in of_table | {"meter"} else set()
         assert words == (expected if of_joules else set()), name
     assert ("directions (predicted)", False) in light["comparison_parts.svg"]
     if kind == "measured":

@@ -37,6 +37,6 @@ def test_runs_recorded_by_commands_are_compared(tmp_path: Path) -> None:
         assert len(curves) == 10
         assert set(frames_states.depth(connection, found)["layer"]) == set(range(30))
         assert frames_states.position(connection, found)[1] == 8
-        assert len(frames_budget.budget(connection, found, "adapter")) == 240
+        assert len(frames_budget.budget(connection, found)) == 240
         drawn = draw(connection, found, tmp_path / "figures", dpi=40)
-        assert set(drawn.reasons) == {"comparison_length", "comparison_budget_network"}
+        assert set(drawn.reasons) == {"comparison_length"}
