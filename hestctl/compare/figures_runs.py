@@ -142,9 +142,7 @@ def meter(canvas: Canvas) -> Figure:
         + p9.geom_segment(
             p9.aes(x="low", xend="high", yend="configuration", color="colour"), size=0.5, alpha=0.6
         )
-        + p9.geom_point(
-            p9.aes(shape="shape", fill="colour", color="colour"), size=1.5, alpha=0.75, stroke=0.2
-        )
+        + p9.geom_point(p9.aes(shape="shape", fill="colour", color="colour"), size=1.6, alpha=0.9, stroke=0.2)
         + p9.facet_wrap("panel", ncol=columns, scales="free_x")
         + p9.scale_color_identity()
         + p9.scale_fill_identity()

@@ -191,7 +191,7 @@ def _spread(
             height=0,
             random_state=1,
             size=0.9,
-            alpha=0.5,
+            alpha=0.7,
             stroke=0.1,
         )
         + p9.geom_boxplot(

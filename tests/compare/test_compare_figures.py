@@ -119,8 +119,8 @@ def test_topics_without_data_draw_nothing_and_say_why(tmp_path: Path) -> None:
 
 def test_classification_has_a_panel_of_labels_for_every_configuration(tmp_path: Path) -> None:
     connection = empty_store()
-    for number, accuracy in ((1, 0.8), (2, 0.6)):
-        run = a_run("hest", number, seed=number, dataset="lra-text")
+    for seed, accuracy in ((1, 0.8), (2, 0.6)):
+        run = a_run("hest", seed, seed=seed, dataset="lra-text")
         samples = classified(run, 40, accuracy)
         samples[0] = replace(samples[0], predicted_label=None)
         add(connection, run, samples=samples, steps=trained(replace(run, steps=10)))
@@ -262,8 +262,8 @@ def test_a_tail_is_drawn_where_the_table_has_one_and_nowhere_else(tmp_path: Path
 @pytest.mark.usefixtures("_text_stays_text")
 def test_samples_of_like_lengths_are_held_against_e_max_in_one_strip(tmp_path: Path) -> None:
     connection = empty_store()
-    for number_, scope in ((1, "network"), (2, "adapter")):
-        run = a_run("hest", number_, scope=scope)
+    for place, scope in enumerate(("network", "adapter")):
+        run = a_run("hest", place, scope=scope)
         samples = [
             replace(one, prompt_tokens=100, new_tokens=20 + one.position)
             for one in generated(run, 12, scope_j=0.1, emax_j=60.0)
