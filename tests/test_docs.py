@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import click
 import duckdb
 import pytest
 import typer
@@ -68,7 +67,7 @@ def flags_of(command):
 
 
 def assert_parses(arguments):
-    """Flags, their values and their number; keys with values that the settings take; profiles that are there."""
+    """Flags, their values and their number; keys and their values; profiles that are there."""
     command = COMMANDS[arguments[0]]
     while hasattr(command, "commands"):
         arguments = arguments[1:]
@@ -104,7 +103,7 @@ def test_every_command_line_parses(name):
 def test_a_command_line_that_is_wrong_is_found(wrong):
     page = f"```sh\nhestctl {wrong}\n```\n"
     (arguments,) = command_lines(page)
-    with pytest.raises((click.ClickException, HestError, AssertionError)):
+    with pytest.raises((typer.TyperException, HestError, AssertionError)):
         assert_parses(arguments)
 
 
