@@ -118,6 +118,8 @@ class Pair:
     verdict where both wrote equally many tokens, of their own accord or forced to
     (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
     ``meter_error_percent`` is the meter's mean error bound, of the side where it is larger.
+    ``sample_share`` is the samples' part (0 to 1) of the square of ``least_detectable_points``; the seeds
+    make the rest.
     """
 
     proposed: str
@@ -150,6 +152,7 @@ class Pair:
     verdict: Verdict
     why: str
     notes: tuple[str, ...] = ()
+    sample_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
