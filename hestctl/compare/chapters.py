@@ -19,6 +19,7 @@ from hestctl.compare.text import (
     whole,
     with_interval,
 )
+from hestctl.compare.verdicts import points
 
 _WHOLE = ("controller_parameters", "adapter_parameters")
 
@@ -130,7 +131,7 @@ def repeats(comparison: Comparison, meter_check: Mapping[str, Any]) -> Section:
             f"{repeat.label}, {repeat.kind}",
             notes.cell(repeat.ratio, with_interval),
             repeat.energy_word,
-            notes.cell(repeat.quality_difference, _signed),
+            notes.cell(repeat.quality_difference, points),
             repeat.quality,
         )
         for repeat in comparison.repeats
@@ -159,23 +160,32 @@ def _score(comparison: Comparison) -> str:
 
 
 def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
-    """Gaps alone: proposed configurations down, baselines and then controls across."""
+    """Proposed down, baselines and controls across: gaps, or time ratios where no joules are measured."""
     others = [pair for pair in pairs if pair.other_role in ("baseline", "control")]
     across = list(dict.fromkeys((pair.other, pair.other_role) for pair in others))
     if len(across) < 2:
         return ()
     notes = Footnotes()
-    gap = {(pair.proposed, pair.other): pair.gap_percent for pair in others}
-    lines = []
-    for proposed in dict.fromkeys(pair.proposed for pair in others):
-        cells = [notes.cell(gap[proposed, other], percent_with_interval, "no gap") for other, _ in across]
-        lines.append((proposed, *cells))
+    measured = comparison.energy_kind == "measured"
+    if measured:
+        title = "Percent fewer joules per sample, measured [95 %]"
+        cells = {
+            (pair.proposed, pair.other): notes.cell(pair.gap_percent, percent_with_interval, "no gap")
+            for pair in others
+        }
+    else:
+        title = "Time per sample of the row over that of the column [95 %]; no gap: no joules are measured"
+        cells = {(pair.proposed, pair.other): notes.cell(pair.time_ratio, with_interval) for pair in others}
+    lines = [
+        (proposed, *(cells.get((proposed, other), "not compared") for other, _ in across))
+        for proposed in dict.fromkeys(pair.proposed for pair in others)
+    ]
     return (
         Grid(
             ("configuration", *(f"{other} ({role})" for other, role in across)),
             tuple(lines),
             notes.lines(),
-            title=f"Percent fewer joules per sample, {comparison.energy_word} [95 %]",
+            title=title,
         ),
     )
 
@@ -196,47 +206,55 @@ def _gap_grid(comparison: Comparison, pairs: Sequence[Pair]) -> Grid:
         "worst of E_max": "worst of E_max, %",
         "repaid after": "repaid after, samples",
     }
-    found = [_gap_cells(pair, lines, notes) for pair in pairs]
-    shown = gap_columns(comparison.energy_kind == "measured")
+    measured = comparison.energy_kind == "measured"
+    shown = gap_columns(measured)
+    told = () if measured else (f"joules are {word}: no gap and no verdict, every pair is inconclusive",)
     return Grid(
         tuple(units.get(name, name) for name in shown),
-        tuple(tuple(cells[name] for name in shown) for cells in found),
-        notes.lines(),
+        tuple(_gap_cells(pair, lines, notes, shown) for pair in pairs),
+        (*notes.lines(), *told),
         left=3,
         title="Every pair",
     )
 
 
-def _gap_cells(pair: Pair, lines: Mapping[str, Configuration], notes: Footnotes) -> dict[str, str]:
-    """The cells of one pair by the name of their column."""
+def _gap_cells(
+    pair: Pair, lines: Mapping[str, Configuration], notes: Footnotes, shown: Sequence[str]
+) -> tuple[str, ...]:
+    """The cells of one pair in the columns ``shown``; only what is shown is noted."""
     proposed, other = lines[pair.proposed], lines[pair.other]
-    part = {"by length": pair.length_part_percent, "by token": pair.token_part_percent}
-    return {
-        "configuration": pair.proposed,
-        "against": pair.other,
-        "role": pair.other_role,
-        "samples": f"{pair.samples:,}",
-        "gap %": notes.cell(pair.gap_percent, percent_with_interval, "no gap"),
-        **{name: "" if value is None else f"{value:+.1f}" for name, value in part.items()},
-        "joules ratio": notes.cell(pair.ratio, with_interval),
-        "time ratio": notes.cell(pair.time_ratio, with_interval),
-        "at equal length": pair.at_equal_length.removeprefix("at equal length: "),
-        "quality difference": notes.cell(pair.quality_difference, _signed),
-        "quality": pair.quality,
-        "least detectable saving": _optional(pair.least_detectable_saving_percent),
-        "adjusted p": notes.missing("it stands for no claim", "none")
-        if pair.claim.adjusted is None
-        else number(pair.claim.adjusted),
-        "least detectable": _optional(pair.least_detectable_points),
-        "p99 ratio": notes.cell(pair.latency_p99_ratio, with_interval),
-        "controller parameters": " : ".join(
-            notes.cell(side.measure("controller_parameters"), whole, "none") for side in (proposed, other)
+
+    def parameters(side: Configuration) -> str:
+        return notes.cell(side.measure("controller_parameters"), whole, "none")
+
+    cells: Mapping[str, Callable[[], str]] = {
+        "configuration": lambda: pair.proposed,
+        "against": lambda: pair.other,
+        "role": lambda: pair.other_role,
+        "samples": lambda: f"{pair.samples:,}",
+        "gap %": lambda: notes.cell(pair.gap_percent, percent_with_interval, "no gap"),
+        "by length": lambda: _optional(pair.length_part_percent, "+.1f"),
+        "by token": lambda: _optional(pair.token_part_percent, "+.1f"),
+        "joules ratio": lambda: notes.cell(pair.ratio, with_interval),
+        "time ratio": lambda: notes.cell(pair.time_ratio, with_interval),
+        "at equal length": lambda: pair.at_equal_length.removeprefix("at equal length: "),
+        "quality difference": lambda: notes.cell(pair.quality_difference, points),
+        "quality": lambda: pair.quality,
+        "least detectable saving": lambda: _optional(pair.least_detectable_saving_percent),
+        "least detectable": lambda: _optional(pair.least_detectable_points),
+        "adjusted p": lambda: (
+            notes.missing("it stands for no claim", "none")
+            if pair.claim.adjusted is None
+            else number(pair.claim.adjusted)
         ),
-        "over E_max": notes.cell(proposed.measure("over_budget_percent"), with_interval),
-        "worst of E_max": notes.cell(proposed.measure("emax_use_worst_percent"), _bare),
-        "repaid after": notes.cell(pair.break_even_samples, whole, "none"),
-        "verdict": pair.verdict,
+        "p99 ratio": lambda: notes.cell(pair.latency_p99_ratio, with_interval),
+        "controller parameters": lambda: f"{parameters(proposed)} : {parameters(other)}",
+        "over E_max": lambda: notes.cell(proposed.measure("over_budget_percent"), with_interval),
+        "worst of E_max": lambda: notes.cell(proposed.measure("emax_use_worst_percent"), _bare),
+        "repaid after": lambda: notes.cell(pair.break_even_samples, whole, "none"),
+        "verdict": lambda: pair.verdict,
     }
+    return tuple(cells[name]() for name in shown)
 
 
 def _measures_grid(
@@ -268,15 +286,10 @@ def _shown(name: str) -> Callable[[Measure], str]:
     return whole if name in _WHOLE else with_interval
 
 
-def _signed(measure: Measure) -> str:
-    text = f"{measure.value or 0.0:+.2f}"
-    if measure.low is None or measure.high is None:
-        return text
-    return f"{text} [{measure.low:+.2f}, {measure.high:+.2f}]"
-
-
-def _optional(value: float | None) -> str:
-    return "" if value is None else number(value)
+def _optional(value: float | None, style: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{value:{style}}" if style else number(value)
 
 
 def _bare(measure: Measure) -> str:

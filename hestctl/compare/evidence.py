@@ -206,8 +206,8 @@ def _of_energy(comparison: Comparison) -> Iterator[str]:
         )
     else:
         yield "The meter gave no error bound."
-    missing = {one for row in comparison.rows for one in row.notes if "no valid joules" in one}
-    if not missing:
+    lacking = any("no valid joules" in note for row in comparison.rows for note in row.notes)
+    if not lacking and all(row.measure(PRIMARY).value is not None for row in comparison.rows):
         yield "Every sample has valid joules."
 
 
@@ -219,9 +219,10 @@ def _error_share(row: Row) -> float | None:
 def _of_statistics(comparison: Comparison) -> Iterator[str]:
     level = f"{100 * statistics.LEVEL:g} %"
     yield (
-        f"Methods are compared sample by sample. Intervals hold {level}, by jackknife and Student's t: of "
-        "joules and latency over generated batches, of scores over samples, of ratios on their logarithms; "
-        f"below {statistics.FEWEST} of them there is none."
+        f"Methods are compared sample by sample. Intervals hold {level}. Means and their ratios have them by "
+        "jackknife and Student's t: of joules and seconds over generated batches, of scores over samples, of "
+        f"ratios on their logarithms; below {statistics.FEWEST} of them there is none. Percentiles have them "
+        "from order statistics, ratios of percentiles from a bootstrap of the batches, shares by Wilson."
     )
     if any(len(pair.proposed_run_ids) > 1 or len(pair.other_run_ids) > 1 for pair in comparison.pairs):
         yield (

@@ -25,7 +25,7 @@ GAP_COLUMNS: Final[Mapping[str, str]] = {
     "inconclusive: neither",
     "least detectable": "the smallest true difference in points that so many samples would show with 80 % "
     "power",
-    "p99 ratio": "99th percentile of latency over that of the other; needs 100 samples",
+    "p99 ratio": "99th percentile of latency over that of the other; needs 100 batches",
     "controller parameters": "trained numbers that decide about states, configuration : other",
     "over E_max": "share of the configuration's samples whose joules in scope exceed the budget, predicted",
     "worst of E_max": "the sample with the most joules in scope, in percent of the budget, predicted",
@@ -38,7 +38,10 @@ GAP_COLUMNS: Final[Mapping[str, str]] = {
 }
 """The columns of the gap table, in its order."""
 
-_OF_JOULES: Final = ("joules ratio", "least detectable saving", "adjusted p")
+_OF_JOULES: Final = (
+    *("gap %", "by length", "by token", "joules ratio", "least detectable saving"),
+    *("at equal length", "repaid after", "adjusted p", "verdict"),
+)
 _OF_TIME: Final = ("time ratio",)
 
 
@@ -59,7 +62,7 @@ MEASURES: Final[Mapping[str, str]] = {
     "new_tokens_per_sample": "tokens written a sample; a method that learns to stop spends less by that "
     "alone",
     "latency_p50_s": "median of the wall time of a sample's batch",
-    "latency_p99_s": "99th percentile of that; needs 100 samples",
+    "latency_p99_s": "99th percentile of that; needs 100 batches",
     "tokens_per_s": "new tokens of a batch over its wall time",
     "rouge_lsum": "the primary score: longest common subsequence by sentence, F1 x 100",
     "rouge_l": "longest common subsequence of the whole text, F1 x 100",
@@ -89,5 +92,5 @@ TERMS: Final[Mapping[str, str]] = {
     "E_max": "the energy budget of one sample in joules, as a ratio of what tabs spends or outright",
     "[95 %]": "a 95 % interval; `open`: the data end before the interval does",
     "seeds": "trainings of one configuration that differ in their random numbers alone",
-    "not measured": "no number that could be stood behind; the reason stands beside it",
+    "not measured": "no number can be supported; the reason stands beside it",
 }

@@ -13,7 +13,6 @@ from hestctl.compare.verdicts import points, saving
 
 Side: TypeAlias = Literal["baseline", "control"]
 
-_SAVES: Final = "less energy at equal quality"
 _MISSING: Final[dict[str, str]] = {
     "proposed": "a run of the proposed method: hestctl train --method hest",
     "baseline": "a baseline: hestctl train --method tabs",
@@ -27,6 +26,7 @@ class Standing:
     """The best proposed configuration against the best of one side; a sentence each on joules and quality.
 
     ``pair`` is ``None`` where the side has no configuration to stand against; ``energy`` then says why.
+    ``saves``: less energy at equal quality is shown, and no other of the side is of better quality.
     """
 
     side: Side
@@ -34,6 +34,7 @@ class Standing:
     energy: str
     quality: str | None
     pair: Pair | None
+    saves: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,16 @@ def _standing(comparison: Comparison, side: Side, other: Best | None, gap: Gap) 
             side, f"inconclusive: {best.label if best else 'HEST'} against the {side}s", reason, None, None
         )
     title = f"{pair.verdict}: {pair.proposed} against {pair.other}, the best {side}"
-    return Standing(side, title, _energy(comparison, pair), _quality(comparison, pair), pair)
+    claimed, quality = pair.verdict == "less energy at equal quality", _quality(comparison, pair)
+    if claimed and gap.reason:
+        quality += f"; but {gap.reason}"
+    return Standing(side, title, _energy(comparison, pair), quality, pair, claimed and not gap.reason)
 
 
 def _sentence(baseline: Standing, control: Standing) -> str:
-    if baseline.pair is None or baseline.pair.verdict != _SAVES:
+    if baseline.pair is None or not baseline.saves:
         return "Not shown that HEST saves energy."
-    if control.pair is None or control.pair.verdict != _SAVES:
+    if not control.saves:
         other = baseline.pair.other
         return f"HEST uses less energy than {other}; not shown that choosing saves beyond quantising."
     return "HEST saves energy."
@@ -128,9 +132,10 @@ def _energy(comparison: Comparison, pair: Pair) -> str:
     if pair.least_detectable_saving_percent is not None:
         told.append(f"{_extent(pair)} can show {pair.least_detectable_saving_percent:.2g} %")
     if _within_meter_error(pair):
-        told.append(f"the meter's error bound of {pair.meter_error_percent:.1f} % is no smaller")
-    if _lost_among_pairs(pair):
-        told.append(f"among {pair.claim.family} pairs Holm's p is {pair.claim.adjusted:.2g}")
+        told.append(f"the meter's error bounds may shift it by {pair.meter_error_percent:.1f} %")
+    p = _lost_among_pairs(pair)
+    if p is not None:
+        told.append(f"among {pair.claim.family} pairs Holm's p is {p:.2g}")
     return "; ".join(told)
 
 
@@ -154,14 +159,20 @@ def _extent(pair: Pair) -> str:
 
 
 def _within_meter_error(pair: Pair) -> bool:
+    """Whether nothing is decided and the meter could have made all of the difference."""
     value, error = pair.ratio.value, pair.meter_error_percent
-    return value is not None and value < 1 and error is not None and error >= 100 * (1 - value)
+    if value is None or error is None or pair.verdict != "inconclusive":
+        return False
+    return error >= 100 * abs(1 - value)
 
 
-def _lost_among_pairs(pair: Pair) -> bool:
-    """Whether the claim would stand by itself, and does not among the others."""
-    both, adjusted = pair.claim.both, pair.claim.adjusted
-    return both is not None and adjusted is not None and both <= ALPHA < adjusted
+def _lost_among_pairs(pair: Pair) -> float | None:
+    """The adjusted p-value of a claim that would stand by itself and does not among the others."""
+    alone, adjusted = pair.claim.both, pair.claim.adjusted
+    if pair.quality == "inferior":
+        alone, adjusted = pair.claim.energy, pair.claim.adjusted_energy
+    lost = alone is not None and adjusted is not None and alone <= ALPHA < adjusted
+    return adjusted if lost and pair.verdict == "inconclusive" else None
 
 
 def _next(comparison: Comparison, standings: Sequence[Standing]) -> tuple[str, ...]:

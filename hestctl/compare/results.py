@@ -98,13 +98,15 @@ class Claim:
     """One-sided p-values of "less energy at equal quality", held against ``decisions.ALPHA``.
 
     ``energy`` is of fewer joules beyond repeatability, ``quality`` of not being inferior, ``both`` the larger
-    of them: the claim needs both to hold. ``adjusted`` is ``both`` after Holm, over ``family`` pairs.
+    of them: the claim needs both to hold. ``adjusted_energy`` and ``adjusted`` are ``energy`` and ``both``
+    after Holm, over ``family`` pairs.
     ``None``: there is nothing to test.
     """
 
     energy: float | None
     quality: float | None
     both: float | None = None
+    adjusted_energy: float | None = None
     adjusted: float | None = None
     family: int = 0
 
@@ -117,7 +119,7 @@ class Pair:
     ``length_part_percent`` and ``token_part_percent`` adding up to it. ``at_equal_length`` is the
     verdict where both wrote equally many tokens, of their own accord or forced to
     (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
-    ``meter_error_percent`` is the meter's mean error bound, of the side where it is larger.
+    ``meter_error_percent`` is by how much the meter's error bounds of both sides may shift ``ratio``.
     ``sample_share`` is the samples' part (0 to 1) of the square of ``least_detectable_points``; the seeds
     make the rest.
     """

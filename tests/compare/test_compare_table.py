@@ -478,10 +478,13 @@ def test_expectations_are_confirmed_refuted_or_not_measured_with_a_reason() -> N
 
 def test_the_original_score_is_judged_on_the_original_model_alone() -> None:
     model = {"backbone": "meta-llama/Llama-2-7b-chat-hf"}
-    found = compare(store_of((a_run("tabs", 1, **model), {}), (a_run("hest", 2, **model), {"score": 44.5})))
-    line = found.expectations[0]
+    runs = (a_run("tabs", 1, **model), {}), (a_run("hest", 2, **model), {"score": 44.5})
+    line = compare(store_of(*runs, count=2000)).expectations[0]
     assert line.outcome == "confirmed"
     assert "ROUGE-Lsum lies in" in line.reason
+    few = compare(store_of(*runs, count=8)).expectations[0]
+    assert few.outcome == "not measured"
+    assert "the interval holds both answers" in few.reason
 
 
 def test_profiles_at_4k_decide_about_the_budget_even_through_a_harden_run() -> None:
@@ -509,7 +512,7 @@ def test_profiles_at_4k_decide_about_the_budget_even_through_a_harden_run() -> N
 
 @pytest.fixture(scope="module")
 def whole() -> Comparison:
-    return compare(study(200))
+    return compare(study(480))
 
 
 def test_the_document_keeps_the_original_shape(whole: Comparison) -> None:
