@@ -51,19 +51,18 @@ def fit(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> La
 
 def blocks(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
     """A table as one block a row, a line a cell: what is left where columns do not fit side by side."""
-    names = [" ".join(header.split()) for header in headers]
+    names = ["  " * bool(index) + " ".join(header.split()) for index, header in enumerate(headers)]
     room = max(cell_len(name) for name in names) + 2
     lines: list[str] = []
     for row in rows:
-        for index, (name, cell) in enumerate(zip(names, row, strict=True)):
-            indent = "  " if index else ""
+        for name, cell in zip(names, row, strict=True):
             value = " ".join(cell.split())
-            if len(indent) + room + _WORD <= width:
-                first, *more = fold(value, width - len(indent) - room).split("\n")
-                lines.append(f"{indent}{name}{' ' * (room - cell_len(name))}{first}")
-                lines += [f"{indent}{' ' * room}{line}" for line in more]
+            if room + _WORD <= width:
+                first, *more = fold(value, width - room).split("\n")
+                lines.append(f"{name}{' ' * (room - cell_len(name))}{first}")
+                lines += [f"{' ' * room}{line}" for line in more]
             else:
-                lines += [f"{indent}{line}" for line in fold(f"{name}: {value}", width - 2).split("\n")]
+                lines += [f"  {line}" for line in fold(f"{name}: {value}", width - 2).split("\n")]
     return lines
 
 
