@@ -16,8 +16,8 @@ _WORD: Final = 24
 _RULED: Final = 3
 _BARE: Final = 2
 """Columns between two cells, with rules and without."""
-_TOKEN: Final = re.compile(r"\S*\[[^\]\n]{1,24}\]\S*|\S+")
-"""An interval in brackets is one word: broken at its comma it reads as two numbers."""
+_TOKEN: Final = re.compile(r"not measured\S*|\S*\[[^\]\n]{1,24}\]\S*|\S+")
+"""One word each: what broken would read as "measured", and an interval, which would read as two numbers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,10 @@ def test_the_fold_that_costs_the_fewest_lines_is_taken() -> None:
     assert [cell.count("\n") for row in found.rows for cell in row] == [0] * 18 + [1, 0]
 
 
+def test_what_is_not_measured_never_reads_measured() -> None:
+    assert fold("it is not measured (a)", 12) == "it is\nnot measured\n(a)"
+
+
 def test_wide_letters_count_for_what_they_take() -> None:
     assert fold("汉字汉字", 4) == "汉字\n汉字"
     found = fit(("a", "b"), [("汉字汉字 汉字", "1")], 18)
