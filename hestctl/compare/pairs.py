@@ -65,7 +65,7 @@ def compare_pairs(
             adjusted = replace(claim, adjusted_energy=p_fewer, adjusted=p_both, family=len(family))
             found[place] = replace(found[place], claim=adjusted)
     chosen: tuple[str, ...] = ()
-    if len(proposed) > 1:
+    if len(proposed) > 1 and kind == "measured":
         chosen = (
             f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
             "verdicts know that (Holm), the interval of its gap does not",

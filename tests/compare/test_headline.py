@@ -31,11 +31,11 @@ def told(found: Headline) -> str:
     return "\n".join(lead + text for lead, text in found.lines())
 
 
-def changed(found: Comparison, other: str, **fields: Any) -> Comparison:
-    """The comparison with the pair against ``other`` changed."""
+def changed(found: Comparison, other: str, proposed: str = "hest 0.6", **fields: Any) -> Comparison:
+    """The comparison with one pair changed."""
 
     def one(pair: Pair) -> Pair:
-        return replace(pair, **fields) if pair.other == other else pair
+        return replace(pair, **fields) if (pair.proposed, pair.other) == (proposed, other) else pair
 
     return replace(found, pairs=tuple(one(pair) for pair in found.pairs))
 
@@ -90,6 +90,11 @@ def test_why_this_configuration_is_told_where_there_is_a_choice() -> None:
         "hest 0.6 takes the fewest joules of the 2 of 3 proposed configurations that are shown not inferior "
         "to tabs"
     )
+    # Equal to the best baseline, and yet worse than another: no more a candidate than for the comparison.
+    two = compared(TABS, (a_run("lora", 6), {"joules": 65}), HEST, near)
+    assert "of the 2 of 2 proposed" in (headline(two).chosen or "")
+    beaten = headline(changed(two, "lora", "hest 0.9", quality="inferior"))
+    assert "of the 1 of 2 proposed" in (beaten.chosen or "")
     few = headline(compared(TABS, HEST, near, count=12))
     assert few.chosen is not None
     assert few.chosen.startswith("none of 2 proposed configurations is shown not inferior to tabs; hest ")
@@ -139,14 +144,19 @@ def test_no_number_of_samples_is_promised_where_seeds_differ_too_much() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "expected"),
-    [(1.0, "data.test_samples=900"), (0.9, "data.test_samples=8100"), (0.8, "seeds differ too much")],
+    ("share", "least", "expected"),
+    [
+        (1.0, 3.0, "data.test_samples=900"),
+        (0.9, 3.0, "data.test_samples=8100"),
+        (0.8, 3.0, "seeds differ too much"),
+        (0.4, 1.2, "seeds differ too much"),
+    ],
 )
-def test_samples_alone_narrow_only_what_samples_make(share: float, expected: str) -> None:
+def test_samples_alone_narrow_only_what_samples_make(share: float, least: float, expected: str) -> None:
     """Of a least difference of 3 points at 100 samples: 9 x 100 where all of it is theirs."""
     fields = {
         "quality": "inconclusive",
-        "least_detectable_points": 3.0,
+        "least_detectable_points": least,
         "samples": 100,
         "sample_share": share,
     }
@@ -190,3 +200,11 @@ def test_random_weights_have_no_quality_to_be_equal() -> None:
     found = headline(compared(*runs))
     assert found.standings[0].quality == "not measured: the weights are random: scores say nothing"
     assert "pretrained weights: random ones have no quality" in found.next
+
+
+def test_a_choice_by_estimated_joules_is_not_said_to_bear_on_verdicts() -> None:
+    two = (HEST, (a_run("hest", 4, emax_ratio=0.9), {"joules": 45}))
+    for changes, count in (({}, 2), (ESTIMATED, 0)):
+        found = compared(*((replace(run, **changes), like) for run, like in (TABS, *two)), count=24)
+        told_of = [pair for pair in found.pairs if any("these very joules" in note for note in pair.notes)]
+        assert len(told_of) == count
