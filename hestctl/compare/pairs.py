@@ -14,10 +14,12 @@ from hestctl.compare.loading import Entry
 from hestctl.compare.matching import Matched
 from hestctl.compare.measures import no_quality_reason
 from hestctl.compare.notes import budgets_differ, notes
-from hestctl.compare.results import Claim, Pair, Repeatability
+from hestctl.compare.results import Claim, Pair, Repeatability, Role
 from hestctl.compare.statistics import Estimate, FloatArray, Measure, absent
 from hestctl.compare.verdicts import Energy, Quality
 from hestctl.records import EnergyKind
+
+_FAMILIES: Sequence[tuple[Role, ...]] = (("baseline", "control"), ("ablation",), ("base",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ def compare_pairs(
     """Every proposed configuration against every other that it may be held against, over the samples of both.
 
     Their claims of less energy, and of less energy at equal quality, are adjusted together: a false one among
-    all has the chance of one. Ablations ask another question and are a family of their own. ``forced`` is of
-    profile runs, by label.
+    all has the chance of one. Ablations, and the untrained model, ask other questions and are families of
+    their own. ``forced`` is of profile runs, by label.
     """
     found = [
         _evidence(one, other, kind, margin, repeatability)
@@ -52,11 +54,11 @@ def compare_pairs(
         for other in others
         if answers(one, other)
     ]
-    for ablation in (False, True):
+    for roles in _FAMILIES:
         family = [
             place
             for place, one in enumerate(found)
-            if (one.other.config.role == "ablation") == ablation and one.claim.both is not None
+            if one.other.config.role in roles and one.claim.both is not None
         ]
         claims = [found[place].claim for place in family]
         fewer = decisions.holm([claim.energy or 0.0 for claim in claims])
@@ -67,8 +69,8 @@ def compare_pairs(
     chosen: tuple[str, ...] = ()
     if len(proposed) > 1 and kind == "measured":
         chosen = (
-            f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
-            "verdicts know that (Holm), the interval of its gap does not",
+            f"the best of {len(proposed)} proposed configurations is chosen by these joules: verdicts are "
+            "corrected for that (Holm), intervals are not",
         )
     made = [_pair(one, kind, margin, repeatability, forced) for one in found]
     return [replace(one, notes=(*one.notes, *chosen)) for one in made]

@@ -60,6 +60,8 @@ METRICS: Mapping[str, Metric] = {
     "emax_use_percent": Metric("scope joules of E_max, mean", "%", "table"),
     "emax_use_worst_percent": Metric("scope joules of E_max, worst", "%", "table"),
     "over_budget_percent": Metric("samples over E_max", "%", "table"),
+    "meter_of_predicted_percent": Metric("joules per sample of those predicted", "%", "meter"),
+    "meter_of_emax_percent": Metric("joules per sample of E_max", "%", "meter"),
     "controller_parameters": Metric("controller parameters", "parameters"),
     "adapter_parameters": Metric("adapter parameters", "parameters"),
     "train_energy_j": Metric("training joules", "J", "meter"),

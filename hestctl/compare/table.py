@@ -75,7 +75,7 @@ def compare(
     configs = {row.label: row.config_label for row in rows}
     compared = pairs.compare_pairs(
         [entry for entry in made if entry.config.role == "proposed"],
-        [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")],
+        [entry for entry in made if entry.config.role != "proposed"],
         kind,
         margin,
         granted,
