@@ -165,7 +165,7 @@ def _show_figures(drawn: Sequence[Path], reasons: Mapping[str, str], folder: Pat
     from hestctl.cli import out
 
     if drawn:
-        out.text(f"{len(drawn)} figures in {folder.absolute()}: {', '.join(path.name for path in drawn)}")
+        out.text(f"{len(drawn)} figures in {folder.absolute()}")
     for topic, reason in reasons.items():
         out.note(f"not drawn: {topic} ({reason})")
 

@@ -206,5 +206,7 @@ def test_a_choice_by_estimated_joules_is_not_said_to_bear_on_verdicts() -> None:
     two = (HEST, (a_run("hest", 4, emax_ratio=0.9), {"joules": 45}))
     for changes, count in (({}, 2), (ESTIMATED, 0)):
         found = compared(*((replace(run, **changes), like) for run, like in (TABS, *two)), count=24)
-        told_of = [pair for pair in found.pairs if any("chosen by these joules" in note for note in pair.notes)]
+        told_of = [
+            pair for pair in found.pairs if any("chosen by these joules" in note for note in pair.notes)
+        ]
         assert len(told_of) == count
