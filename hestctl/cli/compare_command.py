@@ -14,6 +14,7 @@ from hestctl.errors import Exit, HestError
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
+    from hestctl.compare.results import Comparison
     from hestctl.compare.text import TextTable
 
 
@@ -50,12 +51,18 @@ def compare(
         typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
+    every: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Every table: all pairs and measures, A/A control, expectations, runs set apart."
+        ),
+    ] = False,
     runs: Annotated[
-        bool, typer.Option("--runs", help="A row for every run, not for every configuration; every pair.")
+        bool, typer.Option("--runs", help="A row for every run, not for every configuration.")
     ] = False,
     json: o.JsonOption = False,
 ) -> None:
-    """The gap at equal ROUGE (or accuracy), its verdicts and figures, from one or more stores.
+    """The gap at equal ROUGE (or accuracy), its verdict and what would settle it, from one or more stores.
 
     Only runs on the same device, backbone, data and generation settings are compared; others are set
     apart with the reason. A gap in joules is given for measured energy alone. --report writes the whole
@@ -63,7 +70,7 @@ def compare(
     """
     from hestctl.cli import out
     from hestctl.compare.pages import check_folder, check_place
-    from hestctl.compare.table import as_json, as_rows, compared_lines, gap_tables, verdict_lines, write_csv
+    from hestctl.compare.table import as_json, write_csv
     from hestctl.compare.table import compare as work
     from hestctl.store.queries import connect
 
@@ -83,6 +90,9 @@ def compare(
             _show_search(connection, search, (out_dir or Path("figures")) if figures else None, look, json)
             return
         found = work(connection, margin=margin, methods=method, dataset=dataset)
+        if not json:
+            # Before the figures, which take seconds.
+            _show(found, every, runs)
         drawn: list[Path] = []
         reasons: dict[str, str] = {}
         folder = out_dir or (Path("figures") if report is None else None)
@@ -105,18 +115,30 @@ def compare(
         paths = {"figures": drawn, "report": written}
         out.document({**as_json(found), **{name: [str(path) for path in of] for name, of in paths.items()}})
         return
-    for line in verdict_lines(found):
-        out.text(line)
-    out.text()
-    _show_tables(gap_tables(found, every=runs))
-    for line in compared_lines(found):
-        out.text(line)
-    out.text()
-    _show_tables(as_rows(found, runs=runs))
     if folder is not None:
         _show_figures(drawn, reasons, folder)
     for path in written:
         out.text(f"report: {path}")
+
+
+def _show(found: Comparison, every: bool, runs: bool) -> None:
+    """The headline, the gap, and the configurations; ``every``: all the rest too."""
+    from hestctl.cli import out
+    from hestctl.compare.headline import headline
+    from hestctl.compare.pair_tables import gap_tables
+    from hestctl.compare.row_tables import apart_line, as_rows, summary_table
+    from hestctl.compare.text import compared_lines
+
+    for lead, line in headline(found).lines():
+        out.text(line, lead)
+    out.text()
+    _show_tables(gap_tables(found, every=every))
+    _show_tables(as_rows(found, runs=runs) if every else [summary_table(found, runs=runs)])
+    for line in compared_lines(found):
+        out.text(line)
+    if not every:
+        rest = "every pair and measure: --all, or as a page: --report FILE.html"
+        out.text("; ".join(filter(None, (apart_line(found), rest))))
 
 
 def _asked(margin: float, methods: Sequence[str] | None, dataset: str | None, report: Path) -> list[str]:
@@ -143,9 +165,7 @@ def _show_figures(drawn: Sequence[Path], reasons: Mapping[str, str], folder: Pat
     from hestctl.cli import out
 
     if drawn:
-        out.text(f"{len(drawn)} figures in {folder.absolute()}:")
-        for path in drawn:
-            out.text(f"  {path.name}")
+        out.text(f"{len(drawn)} figures in {folder.absolute()}")
     for topic, reason in reasons.items():
         out.note(f"not drawn: {topic} ({reason})")
 

@@ -122,7 +122,8 @@ def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Qu
         reason += f"; {second.label} itself scores no more than the margin of {margin:g}"
     if detectable is not None:
         reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
-    return Quality(metric, verdict, difference, p, detectable, reason)
+    share = decisions.sample_share(estimate)
+    return Quality(metric, verdict, difference, p, detectable, reason, share)
 
 
 def _near_chance(correct: FloatArray, chance: float) -> bool:
@@ -227,6 +228,7 @@ def _pair(
         verdict=verdict,
         why=why,
         notes=tuple(notes(proposed, other)),
+        sample_share=score.sample_share,
     )
 
 

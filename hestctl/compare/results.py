@@ -122,6 +122,8 @@ class Pair:
     verdict where both wrote equally many tokens, of their own accord or forced to
     (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
     ``meter_error_percent`` is by how much the meter's error bounds of both sides may shift ``ratio``.
+    ``sample_share`` is the samples' part (0 to 1) of the square of ``least_detectable_points``; the seeds
+    make the rest.
     """
 
     proposed: str
@@ -154,6 +156,7 @@ class Pair:
     verdict: Verdict
     why: str
     notes: tuple[str, ...] = ()
+    sample_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

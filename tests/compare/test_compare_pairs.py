@@ -205,7 +205,7 @@ def test_two_runs_of_one_configuration_and_seed_are_an_a_a_pair() -> None:
     assert found.repeatability.value == REPEATABILITY
     assert "no less than 2 % is granted" in found.repeatability.reason
     table = next(one for one in as_rows(found) if one.title == "A/A control")
-    assert table.rows[0][0] == "hest 0.6,\nseed 42 twice"
+    assert table.rows[0][0] == "hest 0.6, seed 42 twice"
     assert table.rows[0][2] == "no difference"
 
 
