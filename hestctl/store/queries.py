@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
 from hestctl.store.database import attach_snapshot, in_memory, load_copy
+from hestctl.store.finding import find_stores
 from hestctl.store.index import TABLES, take_runs
 from hestctl.store.lock import StoreLock
 from hestctl.store.store import Store
@@ -121,46 +121,6 @@ def _demand_undamaged(files: Sequence[Path], lock_timeout_s: float, error: duckd
                 load_copy(con, file, "whole", lock_timeout_s)
             except HestError as damage:
                 raise damage from error
-
-
-def find_stores(paths_or_globs: Sequence[str]) -> list[Path]:
-    """The files named, in the order given, each once however often and by whatever path it is named.
-
-    A glob stands for the ``*.duckdb`` files among its matches. Raises HestError (usage) for a name
-    that no file has.
-    """
-    found: dict[tuple[int, int], Path] = {}
-    for text in paths_or_globs:
-        path = Path(text)
-        if path.is_file():
-            matches = [path]
-        else:
-            # Path.glob would refuse absolute patterns.
-            names = sorted(glob.glob(text, recursive=True))  # noqa: PTH207
-            matches = [Path(name) for name in names if name.endswith(".duckdb") and Path(name).is_file()]
-        if not matches:
-            raise _missing(path)
-        for match in matches:
-            status = match.stat()
-            found.setdefault((status.st_dev, status.st_ino), match.resolve())
-    return list(found.values())
-
-
-def _missing(path: Path) -> HestError:
-    folders = dict.fromkeys(folder.resolve() for folder in (path.parent, Path.cwd()) if folder.is_dir())
-    nearby = [str(file) for folder in folders for file in sorted(folder.glob("*.duckdb"))]
-    if not nearby:
-        return HestError(
-            f"there is no store {path}, and none nearby",
-            f"record a run first: hestctl train --db {path}",
-            Exit.USAGE,
-        )
-    best = difflib.get_close_matches(str(path.absolute()), nearby, n=1, cutoff=0.0)[0]
-    return HestError(
-        f"there is no store {path}; nearby: {', '.join(nearby[:5])}",
-        f"name it with: --db {best}",
-        Exit.USAGE,
-    )
 
 
 def _names(files: Sequence[Path]) -> list[str]:

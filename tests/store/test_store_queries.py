@@ -15,8 +15,9 @@ from store_records import Script, a_run, broken_off, fill, first_line
 from hestctl.errors import Exit, HestError
 from hestctl.runs import recording
 from hestctl.store import migrations
+from hestctl.store.finding import find_stores
 from hestctl.store.index import TABLES
-from hestctl.store.queries import connect, find_stores, get_run, latest_calibration, latest_run, list_runs
+from hestctl.store.queries import connect, get_run, latest_calibration, latest_run, list_runs
 from hestctl.store.store import Store
 
 STORES = ("a/runs.duckdb", "b/runs.duckdb", "b/more.duckdb")
