@@ -49,7 +49,7 @@ def compare(
     ] = None,
     search: Annotated[
         str | None,
-        typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
+        typer.Option("--search", metavar="RUN", help="Draw and list the trials of one search instead."),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
     runs: Annotated[
@@ -151,8 +151,10 @@ def _show_search(
 ) -> None:
     """The trials of one search, as a table or a document, and its figures."""
     from hestctl.cli import out
+    from hestctl.cli.run_ids import search_id
     from hestctl.compare.search import find_search, search_document, trial_table, trials
 
+    run_id = search_id(connection, run_id)
     run, found = find_search(connection, run_id), trials(connection, run_id)
     drawn: list[Path] = []
     reasons: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
 from hestctl.store.database import attach_snapshot, in_memory, load_copy
-from hestctl.store.finding import find_stores
+from hestctl.store.finding import demand_store, find_stores
 from hestctl.store.index import TABLES, take_runs
 from hestctl.store.lock import StoreLock
 from hestctl.store.store import Store
@@ -23,16 +23,35 @@ if TYPE_CHECKING:
 
 
 def get_run(store: Store, run_id: str) -> Run:
-    """The run with this id. Raises HestError (usage) that names the nearest ids when there is none."""
+    """The run with this id.
+
+    Raises HestError (usage) that names the nearest ids when there is none, or the stores nearby when there
+    is no store.
+    """
+    demand_store(store.db)
     with store.reading() as con:
         runs = take_runs(con, "SELECT * FROM runs WHERE run_id = ?", [run_id])
         if runs:
             return runs[0]
-        newest_first = con.execute("SELECT run_id FROM runs ORDER BY created_at DESC").fetchall()
-    ids = [known for (known,) in newest_first]
+    ids = run_ids(store)
     near = difflib.get_close_matches(run_id, ids, n=3, cutoff=0.5) or ids[:3]
     hint = f"the nearest are: {', '.join(near)}" if near else "the store has no runs"
     raise HestError(f"there is no run {run_id!r} in {store.db}", hint, Exit.USAGE)
+
+
+def run_ids(store: Store) -> list[str]:
+    """The ids of all runs, the newest first."""
+    with store.reading() as con:
+        found = con.execute("SELECT run_id FROM runs ORDER BY created_at DESC, run_id DESC").fetchall()
+    return [run_id for (run_id,) in found]
+
+
+def runs_like(store: Store, part: str) -> list[Run]:
+    """The runs whose id holds ``part``, the newest first. Raises HestError (usage) without a store."""
+    demand_store(store.db)
+    query = "SELECT * FROM runs WHERE contains(run_id, ?) ORDER BY created_at DESC, run_id DESC"
+    with store.reading() as con:
+        return take_runs(con, query, [part])
 
 
 def list_runs(
@@ -45,6 +64,25 @@ def list_runs(
     limit: int | None = None,
 ) -> list[Run]:
     """The runs that match everything given, the newest first; none where there is no store."""
+    where, values = _conditions(command, method, status, has_plan)
+    query = f"SELECT * FROM runs WHERE {where} ORDER BY created_at DESC, run_id DESC LIMIT ?"
+    with store.reading() as con:
+        return take_runs(con, query, [*values, limit])
+
+
+def count_runs(store: Store, *, command: str | None = None, method: str | None = None) -> int:
+    """How many runs match everything given."""
+    where, values = _conditions(command, method)
+    with store.reading() as con:
+        return int(con.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchall()[0][0])
+
+
+def _conditions(
+    command: str | None,
+    method: str | None,
+    status: RunStatus | None = None,
+    has_plan: bool | None = None,
+) -> tuple[str, list[str | int | None]]:
     conditions = ["true"]
     values: list[str | int | None] = []
     for column, value in (("command", command), ("method", method), ("status", status)):
@@ -53,9 +91,7 @@ def list_runs(
             values.append(value)
     if has_plan is not None:
         conditions.append(f"run_id {'IN' if has_plan else 'NOT IN'} (SELECT run_id FROM plans)")
-    query = f"SELECT * FROM runs WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, run_id DESC"
-    with store.reading() as con:
-        return take_runs(con, f"{query} LIMIT ?", [*values, limit])
+    return " AND ".join(conditions), values
 
 
 def latest_run(

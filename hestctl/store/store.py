@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
 from hestctl.store import database
+from hestctl.store.finding import demand_name
 from hestctl.store.folder import LINE_TABLES, RunFolder, is_run_id
 from hestctl.store.index import put_folder, put_run, row_counts, take_runs
 from hestctl.store.lock import StoreLock
@@ -55,10 +56,11 @@ class Store:
     """The runs of ``db`` (such as ``runs.duckdb``) and of the folder beside it (``runs/``).
 
     Making one opens nothing and creates nothing. ``lock_timeout_s``: how long to wait for another
-    process, in seconds. Raises HestError (usage) for a path that cannot name a store.
+    process, in seconds. Raises HestError (usage) for a path that cannot name a store, a folder's among them.
     """
 
     def __init__(self, db: Path, lock_timeout_s: float = 30.0) -> None:
+        demand_name(db)
         # DuckDB takes what follows a '?' for options of a URL, and cannot escape a backslash in a pattern.
         if not db.suffix or set("?\\") & set(str(db.absolute())):
             raise HestError(
