@@ -25,7 +25,7 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, units in its keys.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the settings with their origins, and stop.")
+    bool, typer.Option("--dry-run", help="Look at settings, data and reference, and stop.")
 ]
 BackboneOption = Annotated[
     str | None, typer.Option("--backbone", help="Hub id, local folder, or smollm2-135m.")

@@ -105,6 +105,7 @@ def train(
     from hestctl.errors import Exit, HestError
     from hestctl.settings import with_values
     from hestctl.store.store import Store
+    from hestctl.workflows.preview import capped, preview
 
     resolved = o.resolve(
         profile,
@@ -150,7 +151,10 @@ def train(
     if trial:
         settings = with_values(settings, TRIAL)
     if dry_run:
-        show_settings(resolved, settings, json=json)
+        left_out = None if trial else capped(settings, resolved.origins)
+        show_settings(resolved, settings, json=json, seen=preview(settings, store))
+        if left_out is not None:
+            out.note(left_out)
         return
     from hestctl.model.methods import METHODS
 
@@ -189,6 +193,9 @@ def train(
         if not ranks.first:
             follow(settings, ranks, progress)
             return
+        left_out = None if trial else capped(settings, resolved.origins)
+        if left_out is not None:
+            progress.note(left_out)
         if launched_alone():
             progress.note(f"accelerate launch --cpu started one process; for several: {LAUNCH} --device cpu")
         if searching:
