@@ -166,16 +166,35 @@ def verify(db: o.DbOption = None) -> None:
     """Compare the index with the folders' manifests. Exit code 4 where they differ."""
     from hestctl.cli import out
     from hestctl.errors import Exit, HestError
+    from hestctl.store.queries import run_ids
+    from hestctl.store.store import NO_FOLDER
 
     store = _store(db)
     found = store.verify()
-    if found:
+    gone = [mismatch.run_id for mismatch in found if mismatch.problem == NO_FOLDER]
+    others = [f"{mismatch.run_id}: {mismatch.problem}" for mismatch in found if mismatch.run_id not in gone]
+    if gone:
+        # What rebuild would do is drop these runs.
+        told = f"none of the {len(gone)} run folders is in {store.root}"
+        if len(gone) < (runs := len(run_ids(store))):
+            told = f"{len(gone)} of {runs} run folders are missing in {store.root}: {_few(gone)}"
         raise HestError(
-            "; ".join(f"{mismatch.run_id}: {mismatch.problem}" for mismatch in found),
-            f"hestctl runs rebuild --db {store.db}",
+            "; ".join([f"{told}; compare works without them", *([_few(others)] if others else [])]),
+            "put the folders there to verify",
             Exit.STORE,
         )
+    if found:
+        raise HestError(_few(others), f"hestctl runs rebuild --db {store.db}", Exit.STORE)
     out.text(f"{store.db} agrees with its run folders")
+
+
+_NAMED = 8
+"""Runs that a message names at most."""
+
+
+def _few(words: Sequence[str]) -> str:
+    more = f" and {len(words) - _NAMED} more" if len(words) > _NAMED else ""
+    return "; ".join(words[:_NAMED]) + more
 
 
 def _document(run: Run) -> dict[str, object]:

@@ -52,6 +52,10 @@ class Mismatch:
     problem: str
 
 
+NO_FOLDER = "it is in the index, but its folder is missing"
+"""The problem of a run that a copied index has and its place has not."""
+
+
 class Store:
     """The runs of ``db`` (such as ``runs.duckdb``) and of the folder beside it (``runs/``).
 
@@ -139,7 +143,7 @@ class Store:
             counts = row_counts(con)
         ids = self._folder_ids()
         gone = indexed.keys() - set(ids)
-        found = [Mismatch(run_id, "it is in the index, but its folder is missing") for run_id in gone]
+        found = [Mismatch(run_id, NO_FOLDER) for run_id in gone]
         for run_id in ids:
             found += [Mismatch(run_id, problem) for problem in self._problems(run_id, indexed, counts)]
         return sorted(found, key=lambda mismatch: (mismatch.run_id, mismatch.problem))

@@ -253,3 +253,46 @@ def test_a_search_is_drawn_by_a_part_of_its_id(many: Path) -> None:
         assert outcome.document["run_id"] == whole, outcome.err
     assert "part of 2 run ids" in run_cli(many, "compare", "--search", "search", "--no-figures").message
     assert "there is no search '1b1b'" in run_cli(many, "compare", "--search", "1b1b", "--no-figures").message
+
+
+READING = ("runs list", "runs verify", "compare", "profile")
+
+
+@pytest.mark.parametrize("name", READING)
+@pytest.mark.parametrize("content", ["text", "empty", "cut"])
+def test_a_file_that_is_no_store_is_rebuilt_only_where_folders_are(
+    copied: Study, name: str, content: str
+) -> None:
+    whole = (copied.folder / "runs.duckdb").read_bytes()
+    damaged = {"text": b"these are not the runs that you look for", "empty": b"", "cut": whole[:20_000]}
+    for db in ("runs.duckdb", "alone.duckdb"):
+        (copied.folder / db).write_bytes(damaged[content])
+    with_folders, alone = (
+        run_cli(copied.folder, *MISSING[name], "--db", db) for db in ("runs.duckdb", "alone.duckdb")
+    )
+    assert (with_folders.code, alone.code) == (4, 4)
+    assert "hestctl runs rebuild --db" in with_folders.message
+    assert "rebuild --db" not in alone.message
+    says = "no run folders are beside it" if content == "cut" else "this is no store of hestctl"
+    assert says in alone.message
+    assert "name another with --db" in alone.message
+
+
+def test_a_store_without_its_folders_is_told_in_one_line(many: Path) -> None:
+    shutil.copy(many / "runs.duckdb", many / "copy.duckdb")
+    outcome = run_cli(many, "runs", "verify", "--db", "copy.duckdb")
+    assert outcome.code == 4
+    assert outcome.err == (
+        "error: none of the 5 run folders is in copy; compare works without them\n"
+        "  hint: put the folders there to verify\n"
+    )
+
+
+def test_some_missing_folders_are_named_beside_what_else_differs(many: Path) -> None:
+    shutil.rmtree(many / "runs" / "calibrate-20261122-101500-0a0a0a0a")
+    (many / "runs" / "train-tabs-20261122-101504-4e4e4e4e" / "run.json").write_text("{")
+    outcome = run_cli(many, "runs", "verify")
+    assert outcome.code == 4
+    assert "1 of 5 run folders are missing in runs: calibrate-20261122-101500-0a0a0a0a" in outcome.message
+    assert "train-tabs-20261122-101504-4e4e4e4e" in outcome.message
+    assert "rebuild" not in outcome.message, "it would drop the run whose folder is missing"
