@@ -5,6 +5,7 @@ Callers hold the store's lock. No handle outlives it: even a reader's shuts ever
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hestctl.durable import sync
 from hestctl.errors import Exit, HestError
+from hestctl.store import lock
 from hestctl.store.files import NO_SPACE, free_name, write_error
 from hestctl.store.finding import has_run_folders, is_database
 from hestctl.store.migrations import migrate, schema_version, version_of
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 # Two threads suffice for one run's rows, and sixteen processes may each open a store at once.
 # Extensions that are not built in would be fetched over the network.
@@ -218,20 +222,24 @@ def _patiently(action: Callable[[], _T], db: Path, timeout_s: float) -> _T:
     """Try again while a program that knows nothing of our lock, such as DuckDB's shell, has the file."""
     import duckdb
 
-    deadline = time.monotonic() + timeout_s
+    start, told = time.monotonic(), False
     while True:
         try:
             return action()
         except duckdb.IOException as error:
             if "Could not set lock" not in str(error):
                 raise
-            if time.monotonic() >= deadline:
-                pid = re.search(r"PID \d+", str(error))
+            waited_s, pid = time.monotonic() - start, re.search(r"PID \d+", str(error))
+            who = pid[0] if pid else "another process"
+            if waited_s >= timeout_s:
                 raise HestError(
-                    f"the store {db} is open in {pid[0] if pid else 'a process'} (waited {timeout_s:g} s)",
+                    f"the store {db} is open in {who} (waited {timeout_s:g} s)",
                     "close it there, or try again",
                     Exit.STORE,
                 ) from error
+            if waited_s >= lock.TELL_AFTER_S and not told:
+                told = True
+                _log.warning("waiting for %s: it has the store %s open", who, db)
         time.sleep(0.1)
 
 

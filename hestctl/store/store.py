@@ -127,11 +127,11 @@ class Store:
                     skipped[run_id] = error.message
             con.execute("COMMIT")
 
+        if not self._folder_ids():
+            message = f"there are no runs in {self.root} to rebuild {self.db} from"
+            raise HestError(message, exit_code=Exit.STORE)
         with self.locked():
             ids = self._folder_ids()
-            if not ids:
-                message = f"there are no runs in {self.root} to rebuild {self.db} from"
-                raise HestError(message, exit_code=Exit.STORE)
             backup = database.keep_copy(self.db, "before-rebuild") if self.db.exists() else None
             database.create(self.db, fill)
         return Rebuilt(len(ids) - len(skipped), lost, skipped, backup)

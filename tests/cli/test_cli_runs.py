@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -296,3 +297,29 @@ def test_some_missing_folders_are_named_beside_what_else_differs(many: Path) -> 
     assert "1 of 5 run folders are missing in runs: calibrate-20261122-101500-0a0a0a0a" in outcome.message
     assert "train-tabs-20261122-101504-4e4e4e4e" in outcome.message
     assert "rebuild" not in outcome.message, "it would drop the run whose folder is missing"
+
+
+@pytest.mark.parametrize("name", ["runs list", "runs verify", "compare", "runs show", "env"])
+def test_readers_leave_no_file_behind(copied: Study, name: str) -> None:
+    for lock in copied.folder.glob("*.lock"):
+        lock.unlink()
+    before = sorted(copied.folder.rglob("*"))
+    arguments = {"runs show": ("runs", "show", "tabs"), "env": ("env",)}.get(name) or MISSING[name]
+    outcome = run_cli(copied.folder, *arguments)
+    assert outcome.code == 0, outcome.err
+    assert sorted(copied.folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["runs list", "compare"])
+def test_a_wait_for_a_store_is_told(many: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hestctl.store.lock.TELL_AFTER_S", 0.0)
+    monkeypatch.setattr(Store.__init__, "__defaults__", (0.05,))
+    monkeypatch.setattr("hestctl.store.queries.connect.__defaults__", (0.05,))
+    with Store(many / "runs.duckdb").locked():
+        outcome = run_cli(many, *MISSING[name])
+    assert outcome.code == 4
+    first, *_ = outcome.err.splitlines()
+    assert first.startswith(f"waiting for process {os.getpid()} on ")
+    assert first.endswith("runs.duckdb")
+    assert outcome.err.count("waiting") == 1
+    assert "waiting" not in run_cli(many, *MISSING[name]).err
