@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from hestctl.compare.results import METRICS, Role, Row
 from hestctl.compare.statistics import FEWEST, LEVEL, Measure, absent, wilson
@@ -104,6 +104,7 @@ def _over_seeds(name: str, rows: Sequence[Row]) -> Measure:
     spread = float(values.std(ddof=1))
     if spread == 0:
         return Measure(mean, n=samples)
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
-    # None of these measures can be below zero, whatever a few seeds make of their spread.
-    return Measure(mean, max(0.0, mean - half), mean + half, samples)
+    half = float(special.stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * spread / math.sqrt(len(values))
+    # What cannot be below zero is not, whatever a few seeds make of its spread; net joules can.
+    low = mean - half if values.min() < 0 else max(0.0, mean - half)
+    return Measure(mean, low, mean + half, samples)

@@ -13,11 +13,15 @@ from hestctl.compare.reading import read_runs
 from hestctl.compare.results import Expectation, Outcome, Pair, ProfileRun, Row
 from hestctl.compare.statistics import FloatArray, Measure
 from hestctl.records import Run
+from hestctl.settings import flatten
 
 ORIGINAL_MODEL = "Llama-2-7b"
 ORIGINAL_SCORE = 44.3
 LONG_TOKENS = 3_900
 """Prompt and new tokens from which a sample counts as "at 4k"."""
+
+_PLANNED = ("budget.", "backbone.")
+"""Settings from which a plan is made."""
 
 _QUALITY: Mapping[str, Outcome] = {"not inferior": "confirmed", "inferior": "refuted"}
 
@@ -61,10 +65,12 @@ def _score(facts: Mapping[str, str], hest: Entry | None, rows: Sequence[Row]) ->
         return Expectation(text, "not measured", unscored or "there is no hest run")
     low = min(score.low if score.low is not None else score.value or 0.0 for score in known)
     high = max(score.high if score.high is not None else score.value or 0.0 for score in known)
-    within = low - 1 <= ORIGINAL_SCORE <= high + 1
-    return Expectation(
-        text, "confirmed" if within else "refuted", f"ROUGE-Lsum lies in [{low:.1f}, {high:.1f}]"
-    )
+    reason = f"ROUGE-Lsum lies in [{low:.1f}, {high:.1f}]"
+    if low >= ORIGINAL_SCORE - 1 and high <= ORIGINAL_SCORE + 1:
+        return Expectation(text, "confirmed", reason)
+    if high < ORIGINAL_SCORE - 1 or low > ORIGINAL_SCORE + 1:
+        return Expectation(text, "refuted", reason)
+    return Expectation(text, "not measured", f"{reason}: the interval holds both answers")
 
 
 def _equal_quality(pair: Pair | None) -> Expectation:
@@ -186,7 +192,12 @@ def budget_samples(
 
 def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) -> list[ProfileRun]:
     """Finished profile runs that belong to ``entries``, each with the label of its row."""
-    hardened = {run.run_id: run.parent_run_id for run, _ in read_runs(connection, ("harden",))}
+    trained = {member.run.run_id: member.run for entry in entries for member in entry.members}
+    hardened = {
+        run.run_id: run.parent_run_id
+        for run, _ in read_runs(connection, ("harden",))
+        if _same_plan(run, trained.get(run.parent_run_id or ""))
+    }
     found = []
     for run, store in read_runs(connection, ("profile",)):
         owner = next((entry for entry in entries if belongs(run, entry, hardened)), None)
@@ -196,6 +207,21 @@ def profiles(connection: duckdb.DuckDBPyConnection, entries: Sequence[Entry]) ->
             parent = parents[0] if parents else owner.members[0]
             found.append(ProfileRun(run.run_id, store, owner.row_label(parent)))
     return found
+
+
+def _same_plan(hardened: Run, trained: Run | None) -> bool:
+    """Whether a harden run made the plan of its train run, and not one of a budget of its own."""
+    if trained is None:
+        return False
+    plan, own = (
+        {
+            key: value
+            for key, value in flatten(run.settings)
+            if key.startswith(_PLANNED) and key != "budget.reference"
+        }
+        for run in (hardened, trained)
+    )
+    return plan == own
 
 
 def belongs(run: Run, entry: Entry, trained_by: Mapping[str, str | None]) -> bool:

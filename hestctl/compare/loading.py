@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Final
 
 import numpy as np
@@ -12,9 +14,23 @@ import numpy as np
 from hestctl.compare.results import Role
 from hestctl.compare.statistics import FloatArray, IntArray
 from hestctl.records import Run
+from hestctl.settings import flatten
 
 BASELINES: Final = ("tabs", "bhsp", "lora")
 _BUDGETED: Final = ("hest", "tabs", "bhsp")
+_TOLD_APART: Final = frozenset(
+    [
+        *(f"method.{name}" for name in ("name", "scope", "layers", "controller", "precision")),
+        *(f"budget.{name}" for name in ("emax_ratio", "emax_j", "reference", "dual")),
+        *(
+            f"train.{name}"
+            for name in ("seed", "save_steps", "log_steps", "keep_checkpoints", "rank_timeout_s")
+        ),
+    ]
+)
+"""Settings that a configuration names itself, and those that leave the trained model as it is."""
+_NAMED: Final = 2
+"""Most settings that a label spells out."""
 _ROLES: Final[Sequence[Role]] = ("proposed", "ablation", "baseline", "control", "base")
 
 
@@ -30,7 +46,6 @@ class Samples:
     batches: IntArray
     columns: Mapping[str, FloatArray]
     labels: tuple[str | None, ...]
-    predictions: tuple[str | None, ...]
 
     def __getitem__(self, name: str) -> FloatArray:
         return self.columns[name]
@@ -42,7 +57,6 @@ class Samples:
             self.batches[places],
             {name: values[places] for name, values in self.columns.items()},
             tuple(self.labels[place] for place in places),
-            tuple(self.predictions[place] for place in places),
         )
 
     @property
@@ -76,6 +90,8 @@ class Config:
     scope: str = ""
     budget: str = ""
     control: str = ""
+    settings: tuple[tuple[str, str], ...] = ()
+    """Dotted keys and values (JSON) of what else a training depends on, such as its learning rate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +165,14 @@ def config_of(run: Run) -> Config | None:
     else:
         role = "base" if method == "base" else "baseline"
     scope = run.scope or "" if method in _BUDGETED else ""
+    settings = _trained_with(run)
     if method != "hest":
-        return Config(method, role, scope=scope, control=control)
+        return Config(method, role, scope=scope, control=control, settings=settings)
     budget = "" if run.emax_j is None else f"{run.emax_j:.4g} J predicted"
     if run.emax_ratio is not None:
         budget = f"{run.emax_ratio:g}"
     names = run.precision or "", run.dual or "", run.controller or ""
-    return Config(method, role, *names, scope, budget, control)
+    return Config(method, role, *names, scope, budget, control, settings)
 
 
 def entries(members: Iterable[Loaded]) -> tuple[list[Entry], list[tuple[Loaded, Loaded]]]:
@@ -211,7 +228,38 @@ def _labels(configs: Sequence[Config]) -> dict[Config, str]:
             if len({getattr(config, name) for config in alike}) > 1:
                 for config in alike:
                     labels[config] = f"{labels[config]} {getattr(config, name) or f'no {name}'}"
+    for label, count in Counter(labels.values()).items():
+        if count > 1:
+            labels.update(_apart([config for config in labels if labels[config] == label], label))
     return labels
+
+
+def _apart(alike: Sequence[Config], label: str) -> dict[Config, str]:
+    """Labels of configurations that differ in other settings: by these if they are few, else numbered."""
+    settings = [dict(config.settings) for config in alike]
+    differing = sorted(key for key in {*chain(*settings)} if len({held.get(key) for held in settings}) > 1)
+    if len(differing) > _NAMED:
+        return {config: f"{label} settings {place}" for place, config in enumerate(alike, 1)}
+    return {
+        config: " ".join(
+            (label, *(f"{key.rpartition('.')[2]} {held.get(key, 'not recorded')}" for key in differing))
+        )
+        for config, held in zip(alike, settings, strict=True)
+    }
+
+
+def _trained_with(run: Run) -> tuple[tuple[str, str], ...]:
+    """What the training of a run hangs on beside what ``Config`` names; nothing for ``base``."""
+    if run.method == "base":
+        return ()
+    sections = ("train.", "method.", "budget.") if run.method == "hest" else ("train.", "method.")
+    return tuple(
+        sorted(
+            (key, json.dumps(value))
+            for key, value in flatten(run.settings)
+            if key.startswith(sections) and key not in _TOLD_APART
+        )
+    )
 
 
 def _rank(config: Config) -> tuple[int, str]:
@@ -235,7 +283,7 @@ def _pooled(by_seed: Sequence[Samples]) -> Samples:
     if len(by_seed) == 1:
         return first
     columns = {name: np.mean([one[name] for one in by_seed], axis=0) for name in first.columns}
-    return replace(first, columns=columns, predictions=(None,) * len(first.ids))
+    return replace(first, columns=columns)
 
 
 def _control(run: Run) -> str:

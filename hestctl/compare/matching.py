@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from hestctl.compare import statistics
 from hestctl.compare.loading import Entry, Samples
-from hestctl.compare.statistics import Estimate, FloatArray, IntArray
+from hestctl.compare.statistics import Estimate, FloatArray, IntArray, Measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,11 @@ class Paired:
         if not found.sources:
             return found
         return self._over_seeds(found, *(_logarithms(side, name, per) for side in (self.first, self.second)))
+
+    def tail_ratio(self, name: str, q: float) -> Measure:
+        """The ``q``-th percentile (0 to 100) of the first over that of the second, seed by seed."""
+        sides = self.first[name], self.second[name]
+        return statistics.percentile_ratio(*sides, q, self.batches, matched=self.matched)
 
     def difference(self, name: str, factor: float, *, of_shares: bool) -> Estimate:
         """Mean of the first less that of the second, times ``factor``; samples vary one by one.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -94,7 +96,7 @@ def _latencies(samples: Samples) -> dict[str, Measure]:
         speed = statistics.ratio_of_means(tokens, share, batches)
     return {
         "latency_p50_s": statistics.percentile(latency, 50, batches),
-        "latency_p99_s": statistics.percentile(latency, 99, batches, minimum=statistics.TAIL_MINIMUM),
+        "latency_p99_s": statistics.percentile(latency, 99, batches, statistics.TAIL_MINIMUM),
         "tokens_per_s": speed,
     }
 
@@ -119,11 +121,21 @@ def _quality(member: Loaded) -> dict[str, Measure]:
     return {**scores, "answer_nll_nats": absent(reason) if reason else _likelihood(samples)}
 
 
-def mean_joules(entry: Entry) -> float | None:
-    """Mean joules per sample over the seeds of an entry (gross, J), ``None`` without joules."""
-    means = [_finite_mean(member.samples["energy_j"]) for member in entry.members]
-    known = [value for value in means if value is not None]
-    return sum(known) / len(known) if known else None
+def mean_joules(side: Sequence[Entry]) -> list[float | None]:
+    """Mean joules per sample (gross, J) of entries, each over its seeds; ``None`` without joules.
+
+    Where entries hold different samples, the means are over those that all of them hold: a run whose cheap
+    samples alone are valid is no cheaper for it. Where they share none, each is over its own.
+    """
+    columns = [one.samples["energy_j"] for one in side]
+    priced = [
+        set(compress(one.samples.ids, np.isfinite(joules))) for one, joules in zip(side, columns, strict=True)
+    ]
+    shared = set.intersection(*found) if (found := [names for names in priced if names]) else set()
+    return [
+        _finite_mean(joules[[name in shared for name in one.samples.ids]] if shared else joules)
+        for one, joules in zip(side, columns, strict=True)
+    ]
 
 
 def mean_score(entry: Entry) -> float | None:
@@ -167,6 +179,8 @@ def _budget(member: Loaded) -> dict[str, Measure]:
     measures = {
         "scope_energy_j_per_sample": _mean(scope, samples, no_scope),
         "emax_j_per_sample": _mean(limit, samples, no_limit),
+        "meter_of_predicted_percent": _metered_share(member, scope, no_scope),
+        "meter_of_emax_percent": _metered_share(member, limit, no_limit),
     }
     if not held.any():
         share = run.over_budget_share
@@ -185,6 +199,17 @@ def _budget(member: Loaded) -> dict[str, Measure]:
         "emax_use_worst_percent": Measure(float(use.max()), n=int(held.sum())),
         "over_budget_percent": statistics.wilson(over_count, int(held.sum())).scaled(100),
     }
+
+
+def _metered_share(member: Loaded, whole: FloatArray, reason: str) -> Measure:
+    """The meter's joules in percent of what the budget counts as ``whole``, where that is the generation."""
+    if member.run.scope == "adapter" and np.isfinite(whole).any():
+        return absent("scope adapter counts the directions alone, the meter the whole generation")
+    joules = member.samples["energy_j"]
+    held = np.isfinite(joules) & np.isfinite(whole) & (whole > 0)
+    if not held.any():
+        return absent(reason if np.isfinite(joules).any() else "there are no joules of a meter")
+    return statistics.ratio_of_means(joules[held], whole[held], member.samples.batches[held]).scaled(100)
 
 
 def _notes(member: Loaded) -> tuple[str, ...]:

@@ -14,10 +14,12 @@ from hestctl.compare.loading import Entry
 from hestctl.compare.matching import Matched
 from hestctl.compare.measures import no_quality_reason
 from hestctl.compare.notes import budgets_differ, notes
-from hestctl.compare.results import Claim, Pair, Repeatability
+from hestctl.compare.results import Claim, Pair, Repeatability, Role
 from hestctl.compare.statistics import Estimate, FloatArray, Measure, absent
 from hestctl.compare.verdicts import Energy, Quality
 from hestctl.records import EnergyKind
+
+_FAMILIES: Sequence[tuple[Role, ...]] = (("baseline", "control"), ("ablation",), ("base",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,35 +44,39 @@ def compare_pairs(
 ) -> list[Pair]:
     """Every proposed configuration against every other that it may be held against, over the samples of both.
 
-    Their claims of less energy are adjusted together: a false one among all has the chance of one. Ablations
-    ask another question and are a family of their own. ``forced`` is of profile runs, by label.
+    Their claims of less energy, and of less energy at equal quality, are adjusted together: a false one among
+    all has the chance of one. Ablations, and the untrained model, ask other questions and are families of
+    their own. ``forced`` is of profile runs, by label.
     """
     found = [
         _evidence(one, other, kind, margin, repeatability)
         for one in proposed
         for other in others
-        if _answers(one, other)
+        if answers(one, other)
     ]
-    for ablation in (False, True):
+    for roles in _FAMILIES:
         family = [
-            (place, one.claim.both)
+            place
             for place, one in enumerate(found)
-            if (one.other.config.role == "ablation") == ablation and one.claim.both is not None
+            if one.other.config.role in roles and one.claim.both is not None
         ]
-        for (place, _), p in zip(family, decisions.holm([p for _, p in family]), strict=True):
-            claim = replace(found[place].claim, adjusted=p, family=len(family))
-            found[place] = replace(found[place], claim=claim)
+        claims = [found[place].claim for place in family]
+        fewer = decisions.holm([claim.energy or 0.0 for claim in claims])
+        both = decisions.holm([claim.both or 0.0 for claim in claims])
+        for place, claim, p_fewer, p_both in zip(family, claims, fewer, both, strict=True):
+            adjusted = replace(claim, adjusted_energy=p_fewer, adjusted=p_both, family=len(family))
+            found[place] = replace(found[place], claim=adjusted)
     chosen: tuple[str, ...] = ()
-    if len(proposed) > 1:
+    if len(proposed) > 1 and kind == "measured":
         chosen = (
-            f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
-            "verdicts know that (Holm), the interval of its gap does not",
+            f"the best of {len(proposed)} proposed configurations is chosen by these joules: verdicts are "
+            "corrected for that (Holm), intervals are not",
         )
     made = [_pair(one, kind, margin, repeatability, forced) for one in found]
     return [replace(one, notes=(*one.notes, *chosen)) for one in made]
 
 
-def _answers(proposed: Entry, other: Entry) -> bool:
+def answers(proposed: Entry, other: Entry) -> bool:
     """Whether the pair answers a question.
 
     An ablation is the proposed method without a part: it is held against the very budget it was trained
@@ -110,6 +116,10 @@ def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Qu
             reason += f"; {first.label} cannot be told from chance ({level})"
         else:
             reason += f", {level}"
+    elif verdict == "not inferior" and float(paired.pooled(column)[1].mean()) <= margin:
+        # A model that scores nothing would pass as well.
+        verdict, p = "inconclusive", 1.0
+        reason += f"; {second.label} itself scores no more than the margin of {margin:g}"
     if detectable is not None:
         reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
     return Quality(metric, verdict, difference, p, detectable, reason)
@@ -133,15 +143,17 @@ def _energy(proposed: Entry, other: Entry, matched: Matched, kind: EnergyKind) -
     if kind == "none" or not len(paired):
         reason = "no sample has joules on both sides" if len(matched) else "the two share no sample"
         return Energy(Estimate(None, reason=reason), 0)
-    ratio, batches = paired.ratio("energy_j"), len(np.unique(paired.batches))
-    bounded = matched.paired("energy_j", "energy_error_j")
-    if not len(bounded):
-        return Energy(ratio, batches)
-    bounds = [
-        (float(side["energy_error_j"].sum() / side["energy_j"].sum()), label)
-        for side, label in ((bounded.first, proposed.label), (bounded.second, other.label))
-    ]
-    return Energy(ratio, batches, *max(bounds))
+    bounds = [bound for entry in (proposed, other) if (bound := _meter_error(entry)) is not None]
+    # Errors of two runs need not have one sign.
+    return Energy(paired.ratio("energy_j"), len(np.unique(paired.batches)), sum(bounds) if bounds else None)
+
+
+def _meter_error(entry: Entry) -> float | None:
+    """The meter's error bounds of an entry's samples as a share of their joules."""
+    joules, bound = entry.samples["energy_j"], entry.samples["energy_error_j"]
+    held = np.isfinite(joules) & np.isfinite(bound)
+    spent = float(joules[held].sum())
+    return float(bound[held].sum()) / spent if spent > 0 else None
 
 
 def _pair(
@@ -166,7 +178,6 @@ def _pair(
         length_part, token_part = statistics.decompose(ratio.value, token_ratio.value)
     verdict, why = verdicts.verdict(energy, score, found.claim, kind, margin, repeatability)
     timed, written = matched.paired("latency_s"), matched.paired("new_tokens")
-    latency, other_latency = timed.pooled("latency_s")
     joules = paired.pooled("energy_j")
     tokens, other_tokens = written.pooled("new_tokens")
     equal_length = len(matched) > 0 and np.array_equal(tokens, other_tokens)
@@ -200,7 +211,7 @@ def _pair(
         length_part_percent=length_part,
         token_part_percent=token_part,
         time_ratio=timed.ratio("latency_s").measure(),
-        latency_p99_ratio=statistics.percentile_ratio(latency, other_latency, 99, timed.batches),
+        latency_p99_ratio=timed.tail_ratio("latency_s", 99),
         scope_ratio=_scope_ratio(proposed, other, matched),
         break_even_samples=_break_even(proposed, other, ratio, joules, kind, repeatability),
         equal_length=equal_length,

@@ -94,7 +94,7 @@ def _samples(connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[int, Sampl
         if _replicated(arrays):
             arrays = connection.execute(_in_order(_MEANS), [first, last]).fetchnumpy()
         columns = {name: _numbers(arrays.pop(name)) for name in _COLUMNS}
-        labels, predictions = _texts(arrays["label"]), _texts(arrays["predicted"])
+        labels = _texts(arrays["label"])
         batches = np.asarray(arrays["batch"], np.int64)
         numbers, starts = np.unique(arrays["number"], return_index=True)
         for number, start, end in zip(numbers, starts, [*starts[1:], len(batches)], strict=True):
@@ -104,7 +104,6 @@ def _samples(connection: duckdb.DuckDBPyConnection) -> Iterator[tuple[int, Sampl
                 batches[part],
                 {name: values[part] for name, values in columns.items()},
                 tuple(labels[part]),
-                tuple(predictions[part]),
             )
             yield int(number), samples
 
@@ -154,7 +153,7 @@ _NAME: Final = """
 """
 _VALID: Final = "energy_valid AND energy_kind = kind"
 _ROWS: Final = f"""
-    SELECT number, id, position, batch_index AS batch, label, predicted_label AS predicted,
+    SELECT number, id, position, batch_index AS batch, label,
         {", ".join(f"{name}::DOUBLE AS {name}" for name in _PLAIN)},
         {", ".join(f"CASE WHEN {_VALID} THEN {name} END AS {name}" for name in _METERED)},
         CASE WHEN label IS NOT NULL THEN (label IS NOT DISTINCT FROM predicted_label)::DOUBLE END AS correct
@@ -163,7 +162,7 @@ _ROWS: Final = f"""
 """
 _MEANS: Final = f"""
     SELECT number, id, min(position) AS position, min(batch) AS batch, any_value(label) AS label,
-        any_value(predicted) AS predicted, {", ".join(f"avg({name}) AS {name}" for name in _COLUMNS)}
+        {", ".join(f"avg({name}) AS {name}" for name in _COLUMNS)}
     FROM ({_ROWS}) GROUP BY number, id
 """
 _PORTIONS: Final = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 
 from hestctl.compare import decisions, pairs
 from hestctl.compare.decisions import REPEATABILITY
@@ -26,25 +27,23 @@ def repeats(
     if kind == "none":
         return ()
     labels = {entry.config: entry.label for entry in made}
+    groups: dict[str, list[Loaded]] = {newer.run.run_id: [newer] for _, newer in superseded}
+    for older, newer in superseded:
+        groups[newer.run.run_id].insert(-1, older)
     found = [
         _repeat(labels, older, newer, f"seed {older.run.seed} twice", kind, margin)
-        for older, newer in superseded
+        for group in groups.values()
+        for older, newer in combinations(group, 2)
         if _alike(older.run, newer.run, (*_WORK, *_TRAINING))
     ]
     for entry in made:
         if entry.config.method == "base":
-            first, *others = entry.members
             found += [
                 _repeat(
-                    labels,
-                    first,
-                    other,
-                    f"seeds {first.run.seed} and {other.run.seed}, untrained",
-                    kind,
-                    margin,
+                    labels, one, other, f"seeds {one.run.seed} and {other.run.seed}, untrained", kind, margin
                 )
-                for other in others
-                if _alike(first.run, other.run, _WORK)
+                for one, other in combinations(entry.members, 2)
+                if _alike(one.run, other.run, _WORK)
             ]
     return tuple(one for one in found if one.ratio.value is not None)
 

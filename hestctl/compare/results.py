@@ -60,6 +60,8 @@ METRICS: Mapping[str, Metric] = {
     "emax_use_percent": Metric("scope joules of E_max, mean", "%", "table"),
     "emax_use_worst_percent": Metric("scope joules of E_max, worst", "%", "table"),
     "over_budget_percent": Metric("samples over E_max", "%", "table"),
+    "meter_of_predicted_percent": Metric("joules per sample of those predicted", "%", "meter"),
+    "meter_of_emax_percent": Metric("joules per sample of E_max", "%", "meter"),
     "controller_parameters": Metric("controller parameters", "parameters"),
     "adapter_parameters": Metric("adapter parameters", "parameters"),
     "train_energy_j": Metric("training joules", "J", "meter"),
@@ -98,13 +100,15 @@ class Claim:
     """One-sided p-values of "less energy at equal quality", held against ``decisions.ALPHA``.
 
     ``energy`` is of fewer joules beyond repeatability, ``quality`` of not being inferior, ``both`` the larger
-    of them: the claim needs both to hold. ``adjusted`` is ``both`` after Holm, over ``family`` pairs.
+    of them: the claim needs both to hold. ``adjusted_energy`` and ``adjusted`` are ``energy`` and ``both``
+    after Holm, over ``family`` pairs.
     ``None``: there is nothing to test.
     """
 
     energy: float | None
     quality: float | None
     both: float | None = None
+    adjusted_energy: float | None = None
     adjusted: float | None = None
     family: int = 0
 
@@ -117,7 +121,7 @@ class Pair:
     ``length_part_percent`` and ``token_part_percent`` adding up to it. ``at_equal_length`` is the
     verdict where both wrote equally many tokens, of their own accord or forced to
     (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
-    ``meter_error_percent`` is the meter's mean error bound, of the side where it is larger.
+    ``meter_error_percent`` is by how much the meter's error bounds of both sides may shift ``ratio``.
     """
 
     proposed: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal
@@ -23,7 +24,7 @@ from hestctl.compare.loading import (
 from hestctl.compare.reading import load, read_runs
 from hestctl.compare.repeats import repeatability, repeats
 from hestctl.compare.report import as_json, write_csv
-from hestctl.compare.results import Best, Comparison, Gap, Pair, SetApart
+from hestctl.compare.results import Best, Comparison, Gap, Pair, Role, SetApart
 from hestctl.compare.statistics import Measure, absent
 from hestctl.compare.text import TextTable, as_rows, compared_lines, gap_tables, verdict_lines
 from hestctl.errors import Exit, HestError
@@ -55,9 +56,9 @@ def compare(
     score may lose and still count as equal, in points of 100. ``methods`` and ``dataset`` narrow
     the runs. Raises HestError where no finished run is left.
     """
-    if not margin > 0:
+    if not 0 < margin < math.inf:
         raise HestError(
-            f"the margin is {margin:g} points; equal quality needs one above 0",
+            f"the margin is {margin:g} points; equal quality needs a finite one above 0",
             "try --margin 1.0",
             Exit.USAGE,
         )
@@ -72,19 +73,22 @@ def compare(
     configs = {row.label: row.config_label for row in rows}
     compared = pairs.compare_pairs(
         [entry for entry in made if entry.config.role == "proposed"],
-        [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")],
+        [entry for entry in made if entry.config.role != "proposed"],
         kind,
         margin,
         granted,
         read_forced(connection, profile_runs, configs),
     )
     baseline = _cheapest(_not_worst([entry for entry in made if entry.config.role == "baseline"], margin))
-    control = _cheapest(_not_worst([entry for entry in made if entry.config.role == "control"], margin))
     proposed = _best_proposed(
         [entry for entry in made if entry.config.role == "proposed"], baseline, compared
     )
-    gap = _gap(proposed, baseline, compared, "baseline (lora, bhsp or tabs)")
-    control_gap = _gap(proposed, control, compared, "control (any method with an int8 backbone)")
+    controls = [entry for entry in made if entry.config.role == "control"]
+    if proposed is not None:
+        controls = [entry for entry in controls if pairs.answers(proposed, entry)]
+    control = _cheapest(_not_worst(controls, margin))
+    gap = _gap(proposed, baseline, compared, "baseline", "lora, bhsp or tabs")
+    control_gap = _gap(proposed, control, compared, "control", "any method with an int8 backbone")
     tabs = _entry_of(made, "tabs", proposed)
     deciding = _pair_of(compared, proposed, baseline)
     shared = facts(group[0])
@@ -102,7 +106,7 @@ def compare(
         gap_vs_controls=control_gap,
         repeatability=granted,
         estimated_time_ratio=_time_ratio(deciding, kind),
-        conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap),
+        conclusion=_conclusion(deciding, _pair_of(compared, proposed, control), gap, control_gap, made),
         equal_quality=_equal_quality(made, baseline, compared, margin),
         repeats=found_repeats,
         set_apart=(*others, *(_superseded(older.run, newer.run) for older, newer in superseded), *apart),
@@ -160,7 +164,7 @@ def _apart(
 
 
 def _superseded(older: Run, newer: Run) -> SetApart:
-    reason = f"{newer.run_id} is later and of the same kind"
+    reason = f"{newer.run_id} is later, of the same configuration and seed"
     return SetApart(older.run_id, plain_label(older), "superseded", reason)
 
 
@@ -169,11 +173,12 @@ def _main_group(loaded: Sequence[Loaded]) -> tuple[list[Loaded], list[SetApart]]
     for one in loaded:
         groups[tuple(facts(one).values())].append(one)
 
-    def rank(members: list[Loaded]) -> tuple[bool, int, str]:
+    def rank(members: list[Loaded]) -> tuple[bool, bool, int, str]:
         methods = {one.run.method for one in members}
         configs = {config_of(one.run) for one in members}
         decides = "hest" in methods and not methods.isdisjoint(BASELINES)
-        return decides, len(configs), max(one.run.created_at for one in members)
+        measured = members[0].run.energy_kind == "measured"
+        return decides, measured, len(configs), max(one.run.created_at for one in members)
 
     main = max(groups.values(), key=rank)
     mine = facts(main[0])
@@ -222,11 +227,9 @@ def _equal_quality(
 
 
 def _cheapest(side: Sequence[Entry]) -> Entry | None:
-    """The fewest joules per sample; without joules, the first."""
+    """The fewest joules per sample, over the samples that all of them hold; without joules, the first."""
     priced = [
-        (joules, place)
-        for place, entry in enumerate(side)
-        if (joules := measures.mean_joules(entry)) is not None
+        (joules, place) for place, joules in enumerate(measures.mean_joules(side)) if joules is not None
     ]
     if not priced:
         return side[0] if side else None
@@ -273,22 +276,38 @@ def _pair_of(compared: Sequence[Pair], proposed: Entry | None, other: Entry | No
 
 
 def _best(entry: Entry | None) -> Best | None:
-    joules = measures.mean_joules(entry) if entry is not None else None
-    if entry is None or joules is None:
+    if entry is None:
+        return None
+    (joules,) = measures.mean_joules([entry])
+    if joules is None:
         return None
     return Best(entry.label, entry.run_ids[-1], entry.run_ids, joules)
 
 
-def _gap(proposed: Entry | None, other: Entry | None, compared: Sequence[Pair], side: str) -> Gap:
+def _gap(
+    proposed: Entry | None, other: Entry | None, compared: Sequence[Pair], role: Role, examples: str
+) -> Gap:
+    """The gap to ``other``, the best of its ``role``; none where any of that role is of better quality.
+
+    The cheapest of a side may be within the margin of its best, and the proposed within the margin of the
+    cheapest: two steps of which neither shows how far it is from the best.
+    """
     if proposed is None:
         reason = "there is no hest run in this comparison"
     elif other is None:
-        reason = f"there is no {side} in this comparison"
+        reason = f"there is no {role} ({examples}) in this comparison"
     else:
         pair = _pair_of(compared, proposed, other)
-        if pair is not None and pair.gap_percent.value is not None:
+        better = [
+            one
+            for one in compared
+            if (one.proposed, one.other_role, one.quality) == (proposed.label, role, "inferior")
+        ]
+        if pair is not None and pair.gap_percent.value is not None and not better:
             return Gap(pair.gap_percent, None)
         reason = "the two were not paired" if pair is None else _no_gap(pair)
+        if better and (pair is None or pair.gap_percent.value is not None):
+            reason = f"quality is inferior to that of {better[0].other}: {better[0].quality_reason}"
     return Gap(absent(reason), reason)
 
 
@@ -303,25 +322,42 @@ def _time_ratio(deciding: Pair | None, kind: EnergyKind) -> Measure:
     return deciding.time_ratio if deciding is not None else absent("it needs a hest run and a baseline")
 
 
-def _conclusion(deciding: Pair | None, controlled: Pair | None, gap: Gap, control_gap: Gap) -> str:
+def _conclusion(
+    deciding: Pair | None, controlled: Pair | None, gap: Gap, control_gap: Gap, made: Sequence[Entry]
+) -> str:
     """HEST saves energy only if it saves against the baselines and against the controls."""
-    if deciding is None:
-        return f"Not shown that HEST saves energy: {gap.reason}."
-    if deciding.verdict != "less energy at equal quality":
-        return (
-            f"Not shown that HEST saves energy: {deciding.verdict} against {deciding.other} ({deciding.why})."
-        )
-    if controlled is None:
+    lacking = _lacking(deciding, gap)
+    if deciding is None or lacking:
+        return f"Not shown that HEST saves energy: {lacking}."
+    lacking = _lacking(controlled, control_gap)
+    if controlled is None or lacking:
         return (
             f"HEST uses less energy than {deciding.other} ({deciding.why}). Not shown that choosing saves "
-            f"energy beyond quantising: {control_gap.reason}."
-        )
-    if controlled.verdict != "less energy at equal quality":
-        return (
-            f"HEST uses less energy than {deciding.other} ({deciding.why}). Not shown that choosing saves "
-            f"energy beyond quantising: {controlled.verdict} against {controlled.other} ({controlled.why})."
+            f"energy beyond quantising: {lacking}.{_one_training(made, deciding)}"
         )
     return (
         f"HEST saves energy: against {deciding.other} {deciding.why}; "
-        f"against {controlled.other} {controlled.why}."
+        f"against {controlled.other} {controlled.why}.{_one_training(made, deciding, controlled)}"
     )
+
+
+def _lacking(pair: Pair | None, gap: Gap) -> str:
+    """Why a pair shows no saving at equal quality; empty where it does."""
+    if pair is None:
+        return gap.reason or "the two were not paired"
+    if pair.verdict != "less energy at equal quality":
+        return f"{pair.verdict} against {pair.other} ({pair.why})"
+    return gap.reason or ""
+
+
+def _one_training(made: Sequence[Entry], *claims: Pair) -> str:
+    """What a claim about methods lacks where it rests on single trainings."""
+    seeds = {entry.label: len(entry.seeds) for entry in made}
+    single = [
+        label
+        for label in dict.fromkeys(name for pair in claims for name in (pair.proposed, pair.other))
+        if seeds[label] == 1
+    ]
+    if not single:
+        return ""
+    return f" One training each of {', '.join(single)}: other seeds may differ by more than these samples do."

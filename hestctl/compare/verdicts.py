@@ -30,14 +30,13 @@ class Quality:
 class Energy:
     """The ratio of joules and what it says.
 
-    ``meter_error`` is the meter's mean error bound as a share of the joules, of the side named by
-    ``meter_side``; ``None`` where the meter gave none.
+    ``meter_error`` is by how much (relative) the meter's error bounds of both sides may shift the ratio;
+    ``None`` where the meter gave none.
     """
 
     ratio: Estimate
     batches: int
     meter_error: float | None = None
-    meter_side: str = ""
 
     @property
     def measure(self) -> Measure:
@@ -69,26 +68,28 @@ def verdict(
     if ratio.value is None:
         return "inconclusive", f"{ratio.reason}; {score.reason}"
     joules = saving(ratio) + _least_saving(energy, repeatability)
-    match decisions.energy_verdict(ratio, repeatability.value):
-        case "more":
-            return "more energy", f"{joules}; {score.reason}"
-        case "same":
-            within = f"within {100 * decisions.SAME_WITHIN:g} % and what two runs of one model differ by"
-            return "no difference", f"{joules}, {within}; {score.reason}"
-        case "unclear":
-            return "inconclusive", f"{joules}: {_unclear(ratio, repeatability)}; {score.reason}"
-    if energy.meter_error is not None and energy.meter_error >= 1 - ratio.value:
-        bound = f"the meter's error bound, {100 * energy.meter_error:.1f} % of the joules of"
-        return "inconclusive", f"{joules}, but {bound} {energy.meter_side}, is no smaller; {score.reason}"
+    decided = decisions.energy_verdict(ratio, repeatability.value)
+    if decided == "unclear":
+        return "inconclusive", f"{joules}: {_unclear(ratio, repeatability)}; {score.reason}"
+    room = decisions.SAME_WITHIN if decided == "same" else abs(1 - ratio.value)
+    if energy.meter_error is not None and energy.meter_error >= room:
+        bound = f"the meter's error bounds may shift the ratio by {100 * energy.meter_error:.1f} %"
+        return "inconclusive", f"{joules}, but {bound}; {score.reason}"
+    if decided == "more":
+        return "more energy", f"{joules}; {score.reason}"
+    if decided == "same":
+        within = f"within {100 * decisions.SAME_WITHIN:g} % and what two runs of one model differ by"
+        return "no difference", f"{joules}, {within}; {score.reason}"
     if score.verdict == "inferior":
+        if _fails(found.adjusted_energy):
+            alone = "less energy, worse quality"
+            return "inconclusive", f"{joules}; {score.reason}: {_among(alone, found.adjusted_energy, found)}"
         return "less energy, worse quality", f"{joules}; {score.reason}, beyond the margin of {margin:g}"
     if score.verdict != "not inferior":
         return "inconclusive", f"{joules}, but quality is undecided: {score.reason}"
-    if found.adjusted is None or found.adjusted > ALPHA:
-        return "inconclusive", (
-            f"{joules}; {score.reason}: by itself less energy at equal quality, but among "
-            f"{found.family} pairs Holm's p is {found.adjusted or 1.0:.2g}, above {ALPHA:g}"
-        )
+    if _fails(found.adjusted):
+        alone = "less energy at equal quality"
+        return "inconclusive", f"{joules}; {score.reason}: {_among(alone, found.adjusted, found)}"
     return "less energy at equal quality", f"{joules}; {score.reason}, within the margin of {margin:g}"
 
 
@@ -135,6 +136,15 @@ def points(difference: Measure) -> str:
     if difference.low is None or difference.high is None:
         return text
     return f"{text} [{difference.low:+.2f}, {difference.high:+.2f}]"
+
+
+def _fails(adjusted: float | None) -> bool:
+    return adjusted is None or adjusted > ALPHA
+
+
+def _among(alone: str, adjusted: float | None, found: Claim) -> str:
+    p = 1.0 if adjusted is None else adjusted
+    return f"by itself {alone}, but among {found.family} pairs Holm's p is {p:.2g}, above {ALPHA:g}"
 
 
 def _least_saving(energy: Energy, repeatability: Repeatability) -> str:

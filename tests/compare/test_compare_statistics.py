@@ -92,10 +92,43 @@ def test_the_ratio_of_percentiles_finds_a_planted_ratio() -> None:
     rng = np.random.default_rng(4)
     clusters = np.repeat(np.arange(100), 2)
     latency = rng.gamma(20, 0.1, 100)[clusters]
-    ratio = s.percentile_ratio(0.6 * latency, latency, 99, clusters)
+    ratio = s.percentile_ratio(0.6 * latency[None], latency[None], 99, clusters)
     assert ratio.value == pytest.approx(0.6)
     assert ratio.low == pytest.approx(0.6)
-    assert s.percentile_ratio(latency[:50], latency[:50], 99, clusters[:50]).value is None
+    short = s.percentile_ratio(latency[None, :198], latency[None, :198], 99, clusters[:198])
+    assert short.value is None
+    assert "99 batches" in short.reason
+
+
+def test_a_resampled_percentile_is_numpys() -> None:
+    rng = np.random.default_rng(5)
+    for count in (100, 130, 700):
+        rows = rng.lognormal(0, 0.5, (3, count))
+        drawn, counts = s._drawn_tails(rows, 99), s._draws(count)
+        for place in range(0, s.TAIL_DRAWS, 100):
+            resampled = [np.percentile(np.repeat(row, counts[place]), 99) for row in rows]
+            assert drawn[place] == pytest.approx(resampled)
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (5, 1), (3, 3)])
+def test_the_ratio_of_percentiles_covers_one_where_nothing_differs(seeds: tuple[int, int]) -> None:
+    """However many seeds a side has: the mean of five runs has lost its tail, the mean of tails has not."""
+    clusters = np.arange(200)
+    held = 0
+    for place in range(60):
+        rng = np.random.default_rng(place)
+        first, second = (rng.lognormal(0, 0.6, (count, 200)) for count in seeds)
+        ratio = s.percentile_ratio(first, second, 99, clusters)
+        held += ratio.low <= 1 <= ratio.high
+    assert held >= 53
+
+
+def test_ranks_of_order_statistics_are_those_of_the_binomial() -> None:
+    for count in (5, 25, 100, 1250):
+        for share in (0.5, 0.99):
+            for level in (0.025, 0.975):
+                expected = int(stats.binom.ppf(level, count, share))
+                assert s._binomial_quantile(level, count, share) == expected
 
 
 def test_wilson_agrees_with_the_published_example() -> None:

@@ -146,7 +146,6 @@ def test_labels_and_answers_come_with_their_samples() -> None:
     samples = load(connection, read_runs(connection, ("train",)))["tabs-0001"].samples
     assert samples.labelled
     assert samples.labels == tuple(one.label for one in rows)
-    assert samples.predictions == tuple(one.predicted_label for one in rows)
     assert samples["correct"].tolist() == [float(one.label == one.predicted_label) for one in rows]
 
 

@@ -15,6 +15,7 @@ from truth import (
     ONE,
     THREE,
     VARIED,
+    WORSE,
     World,
     claims_found,
     difference_covered,
@@ -46,6 +47,11 @@ def test_what_two_runs_of_one_model_differ_by_is_no_saving(size: int) -> None:
 
 def test_eight_pairs_together_are_wrong_no_more_often_than_one() -> None:
     assert false_claims_of_eight(replace(ONE, score=0.5), TIMES, EDGE) <= 0.025 + chance(0.025)
+
+
+def test_fewer_joules_at_worse_quality_are_claimed_no_more_often() -> None:
+    world = replace(ONE, score=0.5)
+    assert false_claims_of_eight(world, TIMES, EDGE, WORSE) <= 0.025 + chance(0.025)
 
 
 @pytest.mark.parametrize("size", [20, 100, 500])

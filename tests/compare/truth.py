@@ -1,7 +1,7 @@
 """Planted truths through the comparison: how often it is wrong, and how often it finds what is there.
 
-``python tests/compare/truth.py [repetitions]`` prints the table of README.md. Every repetition draws new
-articles, batches and trainings, makes runs of them, and takes the road that ``hestctl compare`` takes.
+``python tests/compare/truth.py [repetitions]`` prints the table of examples/verdicts.md. Every repetition
+draws new articles, batches and trainings, makes runs of them, and takes the road of ``hestctl compare``.
 """
 
 from __future__ import annotations
@@ -111,7 +111,6 @@ class Articles:
             batches,
             columns,
             (None,) * world.size,
-            (None,) * world.size,
         )
         run = replace(side.run, run_id=f"{side.run.run_id}-{seed}", seed=seed)
         return Loaded(run, "runs.duckdb", "test", samples, None, None, ())
@@ -122,6 +121,10 @@ THREE = World(seeds=3, seed=0.01, seed_points=0.3)
 """Trainings whose joules vary by 1 % (by the length of what they write) and scores by 0.3 points."""
 VARIED = World(seeds=3, seed=0.05, seed_points=1.0)
 """Trainings that vary more than anything else does."""
+SINGLE = replace(VARIED, seeds=1)
+"""The same where each side was trained once: no interval over samples can see it."""
+WORSE = 3.0
+"""Points by which a model is surely worse, so that a claim of less energy says "worse quality"."""
 
 
 def compared(rng: np.random.Generator, world: World, sides: Sequence[Side]) -> list[Pair]:
@@ -152,9 +155,10 @@ def false_claims(world: World, times: int, truth: float = 1.0) -> float:
     return rate(any_less_energy, world, (Side(HEST, truth), Side(TABS)), times)
 
 
-def false_claims_of_eight(world: World, times: int, truth: float = 1.0) -> float:
-    """How often any of eight pairs is, where joules of both budgets are ``truth`` of all others'."""
-    sides = [Side(run, truth if run.method == "hest" else 1.0) for run in FAMILY]
+def false_claims_of_eight(world: World, times: int, truth: float = 1.0, lost: float = 0.0) -> float:
+    """How often any of eight pairs is, where joules of both budgets are ``truth`` of all others', and their
+    points ``lost`` fewer."""
+    sides = [Side(run, truth, -lost) if run.method == "hest" else Side(run) for run in FAMILY]
     return rate(any_less_energy, world, sides, times)
 
 
@@ -217,6 +221,11 @@ def rows(times: int) -> Iterator[tuple[str, list[float]]]:
                 lambda one: false_claims_of_eight(one, times, EDGE),
                 alike,
             ),
+            (
+                "any of 8 pairs called so, 2 % saved, worse quality",
+                lambda one: false_claims_of_eight(one, times, EDGE, WORSE),
+                alike,
+            ),
             ("called not inferior, worse by the margin", lambda one: false_equality(one, times), world),
             ("interval holds the ratio of joules", lambda one: ratio_covered(one, times), world),
             ("the same, heavy-tailed joules", lambda one: ratio_covered(one, times), heavy),
@@ -226,6 +235,11 @@ def rows(times: int) -> Iterator[tuple[str, list[float]]]:
             ("20 % saved: less energy at equal quality", lambda one: claims_found(one, times, 0.2), world),
         ):
             yield f"{question} ({told})", over(one_world, asked)
+    alike = replace(SINGLE, score=0.5, seed_points=0.0)
+    yield (
+        "called less energy, nothing saved (1 seed, varied)",
+        over(alike, lambda one: false_claims(one, times)),
+    )
     for question, asked in (("ratio of joules", ratio_covered), ("difference in points", difference_covered)):
         yield (
             f"interval holds the {question} (3 seeds, varied)",
