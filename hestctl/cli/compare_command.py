@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hestctl.cli import options as o
-from hestctl.errors import Exit, HestError
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -20,10 +19,11 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
-    app.command()(compare)
+    app.command(context_settings={"allow_extra_args": True})(compare)
 
 
 def compare(
+    context: typer.Context,
     db: Annotated[
         list[str] | None,
         typer.Option("--db", help=r"A store, or a glob of them; repeatable. \[default: runs.duckdb]"),
@@ -39,7 +39,9 @@ def compare(
     ] = 1.0,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods; repeatable.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Only runs on this data set.")] = None,
-    formats: Annotated[str, typer.Option("--formats", help="png, pdf, svg; comma-separated.")] = "png",
+    formats: Annotated[
+        str | None, typer.Option("--formats", help=r"png, pdf, svg; comma-separated. \[default: png]")
+    ] = None,
     theme: Annotated[str, typer.Option(help="light or dark.")] = "light",
     csv: Annotated[Path | None, typer.Option(help="Also write the rows as CSV to this file.")] = None,
     report: Annotated[
@@ -48,7 +50,7 @@ def compare(
     ] = None,
     search: Annotated[
         str | None,
-        typer.Option("--search", metavar="RUN_ID", help="Draw and list the trials of one search instead."),
+        typer.Option("--search", metavar="RUN", help="Draw and list the trials of one search instead."),
     ] = None,
     figures: Annotated[bool, typer.Option("--figures/--no-figures", help="Draw the figures.")] = True,
     every: Annotated[
@@ -68,23 +70,18 @@ def compare(
     apart with the reason. A gap in joules is given for measured energy alone. --report writes the whole
     comparison, with figures, methods and provenance, to one page that can be sent to others.
     """
-    from hestctl.cli import out
-    from hestctl.compare.pages import check_folder, check_place
+    from hestctl.cli import compare_targets, out
     from hestctl.compare.table import as_json, write_csv
     from hestctl.compare.table import compare as work
     from hestctl.store.queries import connect
 
+    compare_targets.refuse_words(context.args)
     stores = db or [str(o.resolve("quickstart", None).settings.db)]
-    if report is not None and search is not None:
-        raise HestError("--report is of a comparison, not of a search", "leave one out", Exit.USAGE)
-    if report is not None:
-        check_place(report)
-    if csv is not None:
-        check_folder(csv, "--csv")
-    look: dict[str, Any] = {
-        "theme": theme,
-        "formats": tuple(part.strip() for part in formats.split(",")),
-    }
+    look: dict[str, Any] = {"theme": theme, "formats": compare_targets.formats_of(formats)}
+    folder = out_dir or (Path("figures") if figures and report is None else None)
+    compare_targets.check(stores, csv=csv, report=report, folder=folder, search=search, theme=theme)
+    if formats is not None and report is not None and out_dir is None:
+        out.note("the page has figures of its own: --formats is for those of a folder, --out figures")
     with connect(stores) as connection:
         if search is not None:
             _show_search(connection, search, (out_dir or Path("figures")) if figures else None, look, json)
@@ -95,7 +92,6 @@ def compare(
             _show(found, every, runs)
         drawn: list[Path] = []
         reasons: dict[str, str] = {}
-        folder = out_dir or (Path("figures") if report is None else None)
         if figures and not json:
             out.note("drawing figures")
         if figures and folder is not None:
@@ -175,8 +171,10 @@ def _show_search(
 ) -> None:
     """The trials of one search, as a table or a document, and its figures."""
     from hestctl.cli import out
+    from hestctl.cli.run_ids import search_id
     from hestctl.compare.search import find_search, search_document, trial_table, trials
 
+    run_id = search_id(connection, run_id)
     run, found = find_search(connection, run_id), trials(connection, run_id)
     drawn: list[Path] = []
     reasons: dict[str, str] = {}
