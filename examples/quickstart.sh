@@ -1,5 +1,5 @@
 #!/bin/sh
-# From nothing to a comparison: the five commands on a small real model and the embedded articles.
+# From nothing to a comparison: a small real model and the embedded articles, in six steps.
 # About ten minutes on two cores, without a GPU. HESTCTL_* variables change any setting.
 set -eu
 db=${1:-runs.duckdb}

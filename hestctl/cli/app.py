@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -72,7 +73,7 @@ def main() -> None:
         warnings.filterwarnings("ignore", category=DeprecationWarning)
     caught: list[int] = []
     try:
-        with _signals(caught):
+        with _signals(caught), _warnings_told():
             app()
     except BaseException as error:
         if os.environ.get("HESTCTL_DEBUG"):
@@ -98,6 +99,26 @@ def _signals(caught: list[int]) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Tell what hestctl itself logs, such as whom it waits for, as a line on stderr."""
+
+    class Told(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            from hestctl.cli import out
+
+            out.note(record.getMessage())
+
+    logger, handler = logging.getLogger("hestctl"), Told(logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
 
 
 def _ended(error: BaseException, caught: Sequence[int]) -> int | str | None:

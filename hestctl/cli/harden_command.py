@@ -42,6 +42,7 @@ def harden(
     once already, under its own budget.
     """
     from hestctl.cli import out
+    from hestctl.cli.run_ids import LATEST, full_id, with_reference
     from hestctl.settings import DEFAULT_PROFILE, of_run
     from hestctl.store.store import Store
     from hestctl.workflows.harden import harden_run, trained_run
@@ -59,8 +60,9 @@ def harden(
         db=db,
     )
     store = Store(resolved.settings.db)
-    trained = trained_run(store, run)
-    settings = of_run(resolved, trained.settings)
+    named = None if run is None or run == LATEST else full_id(store, run, commands=("train", "harden"))
+    trained = trained_run(store, named)
+    settings = of_run(with_reference(resolved, store), trained.settings)
     with out.reporting(quiet) as progress:
         done = harden_run(settings, store, progress, run_id=trained.run_id)
     if json:

@@ -25,7 +25,7 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, units in its keys.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the settings with their origins, and stop.")
+    bool, typer.Option("--dry-run", help="Look at settings, data and reference, and stop.")
 ]
 BackboneOption = Annotated[
     str | None, typer.Option("--backbone", help="Hub id, local folder, or smollm2-135m.")
@@ -49,14 +49,26 @@ DataOption = Annotated[
 MeterOption = Annotated[
     str | None, typer.Option("--meter", help="auto, nvml, rapl, estimate, none, or replay:FILE.")
 ]
-RunOption = Annotated[str | None, typer.Option("--run", help="A run id; `hestctl runs list` shows them.")]
+RunOption = Annotated[
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        help="A part of a run's id that no other has (`hestctl runs list`), or latest.",
+    ),
+]
 EmaxRatioOption = Annotated[
     float | None,
     typer.Option("--emax-ratio", help=r"Budget per sample as a ratio of what TABS spends. \[default: 0.6]"),
 ]
 EmaxOption = Annotated[float | None, typer.Option("--emax", help="Budget per sample in joules, outright.")]
 ReferenceOption = Annotated[
-    str | None, typer.Option("--reference", help="The tabs run that --emax-ratio refers to.")
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="RUN",
+        help="The tabs run that --emax-ratio refers to: a part of its id, or latest.",
+    ),
 ]
 
 

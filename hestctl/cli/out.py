@@ -22,6 +22,8 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
+from hestctl.cli.layout import Layout, blocks, fit, fold
+
 _PIPE_WIDTH = 120
 """Columns of a table that goes to a file or a pipe, where there is no terminal to ask."""
 
@@ -41,9 +43,13 @@ def document(value: Mapping[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False, default=str) + "\n")
 
 
-def text(line: str = "") -> None:
-    """A line of the result."""
-    _say(_console(sys.stdout), Text(line))
+def text(line: str = "", lead: str = "") -> None:
+    """A line of the result; where a terminal breaks it, the rest stands below what follows ``lead``."""
+    console = _console(sys.stdout)
+    room = console.width - len(lead)
+    if console.is_terminal and room > 0:
+        line = fold(line, room).replace("\n", "\n" + " " * len(lead))
+    console.print(Text(lead + line), soft_wrap=True)
 
 
 def note(line: str) -> None:
@@ -75,36 +81,34 @@ def table(
 ) -> None:
     """A table on stdout; the first ``left`` columns are words, the others numbers.
 
-    The first column names its row and stays on one line. Title and caption stand outside the table:
-    within, they would be broken at its width, however narrow.
+    It is never cut: cells are folded, rules go, and where columns do not fit side by side each row is a
+    block. Title and caption stand outside the table: within, they would be broken at its width.
     """
     console = _console(sys.stdout)
     _say(console, Text(title, style="bold"))
-    columns = list(zip(headers, *rows, strict=True))
-    widths = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
-    if sum(widths) + 3 * len(widths) + 1 > console.width:
-        # In too narrow a terminal an interval stands below its value: it would be broken at its comma.
-        rows = [[cell.replace(" [", "\n[") for cell in row] for row in rows]
-    out = Table()
-    for index, header in enumerate(headers):
-        out.add_column(
-            Text(header),
-            justify="left" if index < left else "right",
-            no_wrap=index == 0 and left > 0,
-            overflow="fold",
-            vertical="middle",
-            min_width=min(_longest_word(header, *(row[index] for row in rows)), 24),
-        )
-    for row in rows:
-        out.add_row(*(Text(cell) for cell in row))
-    console.print(out)
+    found = fit(headers, rows, console.width)
+    if found is None:
+        for line in blocks(headers, rows, console.width):
+            console.print(Text(line), soft_wrap=True)
+    else:
+        console.print(_drawn(found, left), soft_wrap=True)
     if caption:
         _say(console, Text(caption))
 
 
-def _longest_word(*cells: str) -> int:
-    """Columns that a column of these cells needs before a word has to break."""
-    return max((len(word) for cell in cells for word in cell.split()), default=1)
+def _drawn(layout: Layout, left: int) -> Table:
+    drawn = Table() if layout.ruled else Table(box=None, pad_edge=False, padding=(0, 1))
+    for index, (header, width) in enumerate(zip(layout.headers, layout.widths, strict=True)):
+        drawn.add_column(
+            Text(header),
+            justify="left" if index < left else "right",
+            vertical="middle",
+            no_wrap=True,
+            width=width,
+        )
+    for row in layout.rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    return drawn
 
 
 class Reporter:

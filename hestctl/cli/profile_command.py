@@ -69,6 +69,7 @@ def profile(
     methods are measured side by side in turns, trained or not: --weights random needs no download.
     """
     from hestctl.cli import out
+    from hestctl.cli.run_ids import full_id
     from hestctl.settings import of_run
     from hestctl.store.store import Store
     from hestctl.workflows.profile import profile as work
@@ -104,7 +105,8 @@ def profile(
             raise HestError("--run and --method exclude each other", "leave one out", Exit.USAGE)
         _benchmark(resolved.settings, store, method, beams, quiet=quiet, json=json)
         return
-    hardened = profiled_run(store, run)
+    named = None if run is None else full_id(store, run, commands=("train", "harden"))
+    hardened = profiled_run(store, named)
     settings = resolved.settings if hardened is None else of_run(resolved, hardened.settings)
     with out.reporting(quiet) as progress:
         if hardened is None:

@@ -74,7 +74,7 @@ def train(
     ] = None,
     join: Annotated[
         str | None,
-        typer.Option("--join", metavar="RUN_ID", help="Work on this running search, from any terminal."),
+        typer.Option("--join", metavar="RUN", help="Work on this running search, from any terminal."),
     ] = None,
     resume: Annotated[
         bool,
@@ -100,10 +100,12 @@ def train(
     highest ROUGE; accuracy where data have labels. Methods compare fairly with equally many trials each.
     """
     from hestctl.cli import out
+    from hestctl.cli.run_ids import LATEST, full_id, with_reference
     from hestctl.cli.settings_view import show_settings
     from hestctl.errors import Exit, HestError
     from hestctl.settings import with_values
     from hestctl.store.store import Store
+    from hestctl.workflows.preview import capped, preview
 
     resolved = o.resolve(
         profile,
@@ -140,14 +142,19 @@ def train(
         search__trials=trials,
         search__workers=workers,
     )
-    settings = resolved.settings
     if join is not None:
         _join(join, resolved, resume=resume, quiet=quiet, json=json)
         return
+    store = Store(resolved.settings.db)
+    resolved = with_reference(resolved, store)
+    settings = resolved.settings
     if trial:
         settings = with_values(settings, TRIAL)
     if dry_run:
-        show_settings(resolved, settings, json=json)
+        left_out = None if trial else capped(settings, resolved.origins)
+        show_settings(resolved, settings, json=json, seen=preview(settings, store))
+        if left_out is not None:
+            out.note(left_out)
         return
     from hestctl.model.methods import METHODS
 
@@ -174,7 +181,10 @@ def train(
             "a search does not divide its trainings over processes", "leave out --trials", Exit.USAGE
         )
 
-    store = Store(settings.db)
+    if run == LATEST:
+        run = None
+    elif run is not None:
+        run = full_id(store, run, commands=("search" if searching else "train",))
     resuming = Resume(run, force) if resume else None
     with (
         joined(settings.backbone.device, settings.train.rank_timeout_s) as ranks,
@@ -183,6 +193,9 @@ def train(
         if not ranks.first:
             follow(settings, ranks, progress)
             return
+        left_out = None if trial else capped(settings, resolved.origins)
+        if left_out is not None:
+            progress.note(left_out)
         if launched_alone():
             progress.note(f"accelerate launch --cpu started one process; for several: {LAUNCH} --device cpu")
         if searching:
@@ -202,6 +215,7 @@ def train(
 def _join(search_id: str, resolved: Resolved, *, resume: bool, quiet: bool, json: bool) -> None:
     """Work on a search. Raises HestError (usage) where settings are given, which are the search's own."""
     from hestctl.cli import out
+    from hestctl.cli.run_ids import full_id
     from hestctl.errors import Exit, HestError
     from hestctl.store.store import Store
 
@@ -214,8 +228,10 @@ def _join(search_id: str, resolved: Resolved, *, resume: bool, quiet: bool, json
         )
     from hestctl.workflows.search import join
 
+    store = Store(resolved.settings.db)
+    search_id = full_id(store, search_id, commands=("search",), status="started")
     with out.reporting(quiet) as progress:
-        done = join(search_id, Store(resolved.settings.db), progress)
+        done = join(search_id, store, progress)
     if json:
         out.document({"search_run_id": search_id, "trials": done})
     else:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hestctl.compare.configurations import Configuration, configurations
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
-from hestctl.compare.glossary import gap_columns
+from hestctl.compare.glossary import KINDS, METHODS, gap_columns
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
 from hestctl.compare.statistics import Measure
 from hestctl.compare.text import (
@@ -22,10 +23,40 @@ from hestctl.compare.text import (
 from hestctl.compare.verdicts import points
 
 _WHOLE = ("controller_parameters", "adapter_parameters")
+_SETTINGS = {
+    "data.max_tokens": "prompt and answer tokens at most",
+    "data.train_samples": "training samples to draw from",
+}
+_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "Time": ("latency_p50_s", "latency_p99_s", "tokens_per_s"),
+    "Joules in parts": (
+        "energy_net_j_per_sample",
+        "energy_error_j_per_sample",
+        "prefill_j_per_sample",
+        "decode_j_per_sample",
+        "energy_j_per_new_token",
+    ),
+    "Budget": (
+        "scope_energy_j_per_sample",
+        "emax_j_per_sample",
+        "emax_use_percent",
+        "emax_use_worst_percent",
+        "over_budget_percent",
+        "meter_of_predicted_percent",
+        "meter_of_emax_percent",
+    ),
+    "Training": ("controller_parameters", "adapter_parameters", "train_energy_j", "train_time_s"),
+}
+"""Measures by table; what is in none of these is in the first, of quality and joules."""
+_BINDS = 95.0
+"""Percent of E_max below which a budget does not bind."""
 
 
-def compared(comparison: Comparison) -> Section:
-    """Device, model, data, generation and meter that all runs share, and how much of it there is."""
+def compared(comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]) -> Section:
+    """What the methods are, and the device, model, data, generation and meter that all runs share.
+
+    ``settings`` are the values of every dotted key, as JSON.
+    """
     every = configurations(comparison.rows)
     samples = sorted({row.samples for row in comparison.rows})
     seeds = sorted({row.seed for row in comparison.rows if row.seed is not None})
@@ -35,7 +66,8 @@ def compared(comparison: Comparison) -> Section:
         told = {name: value for name, value in told.items() if name not in ("beams", "new tokens at most")}
         told["answers"] = "labels scored, no tokens written"
     facts = [
-        *told.items(),
+        *((name, value[:12] if name == "data hash" else value) for name, value in told.items()),
+        *_shared_settings(comparison, settings),
         (
             "samples a run (n)",
             " to ".join(f"{count:,}" for count in dict.fromkeys((samples[0], samples[-1]))),
@@ -46,7 +78,28 @@ def compared(comparison: Comparison) -> Section:
         ("margin of equal quality", f"{comparison.margin_points:g} of 100 points of {_score(comparison)}"),
     ]
     rows = tuple((name, value) for name, value in facts)
-    return Section("What was compared", (Grid(("what", "all runs alike"), rows, left=2),))
+    methods, roles = ({getattr(one, name) for one in every} for name in ("method", "role"))
+    meanings = tuple(
+        f"{name}: {text}"
+        for shown, texts in ((methods, METHODS), (roles, KINDS))
+        for name, text in texts.items()
+        if name in shown
+    )
+    return Section("What was compared", (Bullets(meanings), Grid(("what", "all runs alike"), rows, left=2)))
+
+
+def _shared_settings(
+    comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """What every training had in common that bears on its quality."""
+    for key, title in _SETTINGS.items():
+        if len(values := settings.get(key, {})) == 1:
+            yield title, next(iter(values))
+    steps = {row.steps for row in comparison.rows if row.method != "base"}
+    batches = [settings.get(f"train.{name}", {}) for name in ("batch_size", "accumulation")]
+    if len(steps) == 1 and None not in steps and all(len(one) == 1 for one in batches):
+        (count,), size = steps, math.prod(int(next(iter(one))) for one in batches)
+        yield "training", f"{count:,} steps of {size:,} samples"
 
 
 def gaps(comparison: Comparison) -> Section:
@@ -59,15 +112,19 @@ def gaps(comparison: Comparison) -> Section:
     pairs = sorted(
         comparison.pairs, key=lambda pair: (order.index(pair.proposed), RIVALS.index(pair.other_role))
     )
-    reasons = Bullets(tuple(f"{pair.proposed} against {pair.other}: {pair.why}" for pair in pairs))
+    reasons: tuple[Fold, ...] = ()
+    if comparison.energy_kind == "measured":
+        told = tuple(f"{pair.proposed} against {pair.other}: {pair.why}" for pair in pairs)
+        reasons = (Fold("Why each verdict", (Bullets(told),)),)
     notes = Bullets(tuple(dict.fromkeys(note for pair in pairs for note in pair.notes)))
     return Section(
         "Gap at equal quality",
         (
             lines,
             *_matrix(comparison, pairs),
-            _gap_grid(comparison, pairs),
-            Fold("Why each verdict", (reasons,)),
+            _gap_grid(comparison, [pair for pair in pairs if pair.proposed == best], f"{best} against each"),
+            Fold(f"All {len(pairs)} pairs", (_gap_grid(comparison, pairs),)),
+            *reasons,
             *((Fold("What else bears on these pairs", (notes,)),) if notes.items else ()),
         ),
     )
@@ -76,34 +133,51 @@ def gaps(comparison: Comparison) -> Section:
 def rows(comparison: Comparison) -> Section:
     """One line a configuration with every measure, and the single runs on demand."""
     every = configurations(comparison.rows)
-    joined = _measures_grid(
-        comparison,
-        every,
-        ("configuration", "role", "seeds", "samples"),
-        lambda one: (one.label, one.role, str(one.seeds), str(one.samples)),
-    )
+    grouped = [name for names in _GROUPS.values() for name in names]
+    first = [name for name in METRICS if name not in grouped]
+    tables = [
+        _measures_grid(
+            comparison,
+            every,
+            ("configuration", "role", "seeds", "samples"),
+            lambda one: (one.label, one.role, str(one.seeds), str(one.samples)),
+            first,
+        ),
+        *(
+            _measures_grid(comparison, every, ("configuration",), lambda one: (one.label,), names, title)
+            for title, names in _GROUPS.items()
+        ),
+    ]
     single = _measures_grid(
         comparison,
         comparison.rows,
         ("run", "configuration", "seed", "samples"),
         lambda row: (row.run_id, row.config_label, str(row.seed), str(row.samples)),
+        list(METRICS),
     )
-    remarks = tuple(f"{one.label}: {note}" for one in every for note in one.notes)
+    remarks = (*_loose(every), *(f"{one.label}: {note}" for one in every for note in one.notes))
     told = (
-        "A configuration with several seeds shows the mean over its runs with a t interval over the seeds, "
-        "which speaks of other trainings on these samples; one with a single seed shows the interval over "
-        "its samples, which says nothing about another training. Of the worst sample the largest of the "
-        "seeds counts."
+        "With several seeds: the mean over the runs, with a t interval over the seeds, which speaks of other "
+        "trainings on these samples. With one seed: the interval over its samples, which says nothing about "
+        "another training. 'Worst' is the worst sample of any seed."
     )
     return Section(
         "Configurations",
         (
             Paragraph(told),
-            joined,
+            *(table for table in tables if len(table.headers) > 1),
             *((Bullets(remarks),) if remarks else ()),
             Fold(f"The {len(comparison.rows)} single runs", (single,)),
         ),
     )
+
+
+def _loose(every: Sequence[Configuration]) -> Iterator[str]:
+    """Budgets that do not bind: the joules between them and what was spent bought nothing."""
+    used = [(one.label, one.measure("emax_use_percent").value) for one in every if one.role == "proposed"]
+    loose = [f"{label} ({use:.0f} %)" for label, use in used if use is not None and use < _BINDS]
+    if loose:
+        yield f"these budgets do not bind, the mean sample uses less of its E_max: {', '.join(loose)}"
 
 
 def expectations(comparison: Comparison) -> Section:
@@ -190,14 +264,14 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
     )
 
 
-def _gap_grid(comparison: Comparison, pairs: Sequence[Pair]) -> Grid:
+def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "") -> Grid:
     lines = {one.label: one for one in configurations(comparison.rows)}
     notes = Footnotes()
     word = comparison.energy_word
     units = {
         "gap %": f"gap %, {word} [95 %]",
         "joules ratio": f"joules ratio, {word} [95 %]",
-        "time ratio": "estimated time ratio [95 %]",
+        "time ratio": "time ratio [95 %]",
         "quality difference": f"{_score(comparison)} difference, points [95 %]",
         "least detectable saving": "least detectable saving, %",
         "least detectable": "least detectable difference, points",
@@ -213,8 +287,8 @@ def _gap_grid(comparison: Comparison, pairs: Sequence[Pair]) -> Grid:
         tuple(units.get(name, name) for name in shown),
         tuple(_gap_cells(pair, lines, notes, shown) for pair in pairs),
         (*notes.lines(), *told),
-        left=3,
-        title="Every pair",
+        left=2,
+        title=title,
     )
 
 
@@ -262,9 +336,11 @@ def _measures_grid(
     lines: Sequence[Any],
     naming: tuple[str, ...],
     named: Callable[[Any], tuple[str, ...]],
+    names: Sequence[str],
+    title: str = "",
 ) -> Grid:
-    """Every measure that any line has; what a line lacks has a letter and its reason below."""
-    shown = [name for name in METRICS if any(line.measure(name).value is not None for line in lines)]
+    """Those of the measures that any line has; what a line lacks has a letter and its reason below."""
+    shown = [name for name in names if any(line.measure(name).value is not None for line in lines)]
     notes = Footnotes()
     first = (comparison.quality_metric, PRIMARY)
     shown = [*(name for name in first if name in shown), *(name for name in shown if name not in first)]
@@ -272,7 +348,7 @@ def _measures_grid(
         (*named(line), *(notes.narrow(line.measure(name), _shown(name)) for name in shown)) for line in lines
     )
     headers = (*naming, *(header(METRICS[name], comparison) for name in shown))
-    return Grid(headers, cells, notes.lines(), left=2)
+    return Grid(headers, cells, notes.lines(), left=min(2, len(naming)), title=title)
 
 
 def header(metric: Metric, comparison: Comparison) -> str:

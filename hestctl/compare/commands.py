@@ -36,6 +36,7 @@ _OF_CALIBRATION: Final = ("backbone.", "data.", "generation.", "energy.", "metho
 _CALIBRATION_FLAGS: Final = ("backbone.name", "backbone.weights", "backbone.dtype", "data.source")
 _ALWAYS: Final = ("method.name", "budget.emax_ratio")
 """Said even where the profile says the same: they are what a reader looks for."""
+_UNREAD: Final = "its settings are not those of this version"
 _LEFT_OUT: Final = ("db", "budget.reference", "train.seed", "search.", "profile.")
 """The store and the seed are said apart, a reference is another run's id and made anew as well, and what a
 search found is among the other settings."""
@@ -47,21 +48,54 @@ def train_commands(runs: Sequence[Run], db: str) -> list[str]:
     The order matters: a budget as a ratio refers to the latest tabs run. A run whose settings this version
     does not read has a comment in its place. ``db`` is a file's name.
     """
-    steps = []
-    for run in sorted(runs, key=lambda one: (one.created_at, one.run_id)):
-        line = command(run, "train", db)
-        unread = f"# {' '.join(run.run_id.split())}: its settings are not those of this version"
-        steps.append((line or unread, run.seed))
+    ordered = sorted(runs, key=lambda one: (one.created_at, one.run_id))
+    steps = [
+        (command(run, "train", db) or f"# {' '.join(run.run_id.split())}: {_UNREAD}", run.seed)
+        for run in ordered
+    ]
     rounds = [
         (seed, [line for line, _ in of_seed]) for seed, of_seed in groupby(steps, key=lambda step: step[1])
     ]
-    seeds = [seed for seed, _ in rounds]
-    if len(set(seeds)) == len(seeds) > 1 and all(lines == rounds[0][1] for _, lines in rounds):
-        return _looped(rounds[0][1], seeds)
     found: list[str] = []
-    for line, alike in groupby(steps, key=lambda step: step[0]):
-        found += _looped([line], [seed for _, seed in alike])
+    if len(rounds) < len(steps):
+        for lines, alike in groupby(rounds, key=lambda one: one[1]):
+            found += _looped(lines, [seed for seed, _ in alike])
+    else:
+        for line, repeated in groupby(steps, key=lambda step: step[0]):
+            found += _looped([line], [seed for _, seed in repeated])
     return found
+
+
+def shared_options(lines: Sequence[str], name: str = "train") -> tuple[str, list[str]] | None:
+    """A shell function of ``name`` with the options that all trainings share, and the lines that call it.
+
+    None where fewer than two lines are trainings. Every word after ``hestctl train`` belongs to a pair of a
+    flag and its value.
+    """
+    options = [_options(line) for line in lines]
+    trained = [pairs for pairs in options if pairs]
+    if len(trained) < 2:
+        return None
+    shared = [pair for pair in trained[0] if all(pair in pairs for pairs in trained)]
+    told = " ".join(word for pair in shared for word in pair)
+    calls = []
+    for line, pairs in zip(lines, options, strict=True):
+        own = " ".join(word for pair in pairs if pair not in shared for word in pair)
+        indent = line[: len(line) - len(line.lstrip())]
+        calls.append(f"{indent}{name} {own}".rstrip() if pairs else line)
+    return f'{name}() {{ hestctl train {told} "$@"; }}', calls
+
+
+def _options(line: str) -> list[tuple[str, str]]:
+    """Flags of a training with their values, as they are typed; empty for another line."""
+    words = shlex.split(line, comments=True)
+    if words[:2] != ["hestctl", "train"]:
+        return []
+    typed = [word if word == "$seed" else shlex.quote(word) for word in words[2:]]
+    return [
+        (flag, '"$seed"' if value == "$seed" else value)
+        for flag, value in zip(typed[::2], typed[1::2], strict=True)
+    ]
 
 
 def _looped(lines: Sequence[str], seeds: Sequence[int | None]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal, TypeAlias
 
 from hestctl.compare.statistics import LEVEL, Estimate, Measure
@@ -78,6 +79,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def least_detectable_difference(difference: Estimate) -> float | None:
     """The true difference (in its unit) that a test against zero would find with 80 % power."""
     return _reach(difference) if difference.sources else None
+
+
+def sample_share(difference: Estimate) -> float | None:
+    """How much of the square of the least detectable difference is the samples' (0 to 1), not the seeds'."""
+    if not difference.sources:
+        return None
+    alone = replace(difference, sources=difference.sources[:1])
+    return (_reach(alone) / _reach(difference)) ** 2 if _reach(difference) else None
 
 
 def least_detectable_saving(ratio: Estimate, repeatability: float) -> float | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from hestctl.compare import decisions, statistics
 from hestctl.compare.chapters import header
-from hestctl.compare.commands import command, train_commands
+from hestctl.compare.commands import command, shared_options, train_commands
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Block, Code, Fold, Grid, Paragraph, Section
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, TERMS, gap_columns
@@ -32,7 +32,7 @@ _LISTED = 6
 _WAYS: Mapping[str, str] = {
     "interpolated": "cut from the counter by interpolation between its time-stamped steps",
     "replicated": "one window over many repetitions, divided by their number",
-    "apportioned": "a sample's share of its batch's window, in the proportion of the energy model",
+    "apportioned": "taken for each generated batch, and split over its samples by the energy model",
     "estimated": "CPU time times nominal watts",
 }
 
@@ -45,7 +45,7 @@ def not_measured(comparison: Comparison, figure_reasons: Mapping[str, str]) -> S
     for reason, what, where in _absences(comparison, figure_reasons):
         found[reason][0][what] = None
         found[reason][1][where] = None
-    lines = tuple((reason, _listed(what), _listed(where)) for reason, (what, where) in found.items())
+    lines = tuple((reason, "; ".join(what), _listed(where)) for reason, (what, where) in found.items())
     blocks: list[Block] = [
         Grid(("reason", "what is not measured", "of"), lines, left=3)
         if lines
@@ -120,19 +120,28 @@ def provenance_section(comparison: Comparison, provenance: Provenance) -> Sectio
 def repeat(comparison: Comparison, provenance: Provenance, asked: Sequence[str]) -> Section:
     """The commands, oldest first; ``asked`` is the `compare` that made this report."""
     db = "again.duckdb"
-    lines = []
+    first = []
     if provenance.calibration is not None:
         calibrated = command(provenance.calibration, "calibrate", db)
-        lines += [calibrated] if calibrated else []
-    lines += train_commands(list(provenance.runs.values()), db)
-    lines.append(shlex.join(["hestctl", "compare", "--db", db, *asked]))
+        first += [calibrated] if calibrated else []
+    trainings = train_commands(list(provenance.runs.values()), db)
+    shared = shared_options(trainings)
+    if shared is not None:
+        function, trainings = shared
+        first.append(function)
+    last = shlex.join(["hestctl", "compare", "--db", db, *asked])
     told = (
-        "From the settings that the runs recorded, beyond the nearest shipped profile, in the order in "
-        "which the runs were begun: budgets refer to the tabs run before them. Paths are shortened to "
-        "their last part; store, device and versions are those of the machine that repeats it, on which "
-        "no HESTCTL_ variable may be set."
+        "These commands come from the settings that the runs recorded, as differences from the nearest "
+        "shipped profile, in the order in which the runs were started. They need hestctl installed (its "
+        "README says how), the data in the folder named after --data, and no HESTCTL_ variable set. Paths "
+        "are shortened to their last part; device and versions will be yours."
     )
-    return Section("How to repeat it", (Paragraph(told), Code(tuple(lines))))
+    one = (
+        "To repeat one row: calibrate, define the function, run the tabs line (a budget is a ratio of what "
+        "the latest tabs run spends), then the line of that row, then compare."
+    )
+    blocks = (Paragraph(told), Code((*first, *trainings, last)), Paragraph(one))
+    return Section("How to repeat it", blocks)
 
 
 def glossary(comparison: Comparison) -> Section:
@@ -192,12 +201,12 @@ def _of_energy(comparison: Comparison) -> Iterator[str]:
     )
     yield (
         f"Joules per sample are {comparison.energy_word}, from {source} on {facts['device']}; they are "
-        "gross: what the device draws at rest is in them."
+        "gross: the idle draw of the device is included."
     )
     ways = sorted({row.energy_method for row in comparison.rows if row.energy_method})
     if ways:
         told = [f"{way}: {_WAYS[way]}" if way in _WAYS else way for way in ways]
-        yield f"How a sample's joules were had, in most samples of a run: {'; '.join(told)}."
+        yield f"How the joules of most samples were obtained: {'; '.join(told)}."
     shares = [share for row in comparison.rows if (share := _error_share(row)) is not None]
     if shares:
         yield (
@@ -221,13 +230,13 @@ def _of_statistics(comparison: Comparison) -> Iterator[str]:
     yield (
         f"Methods are compared sample by sample. Intervals hold {level}. Means and their ratios have them by "
         "jackknife and Student's t: of joules and seconds over generated batches, of scores over samples, of "
-        f"ratios on their logarithms; below {statistics.FEWEST} of them there is none. Percentiles have them "
+        f"ratios on their logarithms; fewer than {statistics.FEWEST} values have none. Percentiles have them "
         "from order statistics, ratios of percentiles from a bootstrap of the batches, shares by Wilson."
     )
     if any(len(pair.proposed_run_ids) > 1 or len(pair.other_run_ids) > 1 for pair in comparison.pairs):
         yield (
-            "Where a configuration has several seeds, those are a second source of chance, with degrees of "
-            "freedom of their own: the interval is one of trainings and of samples."
+            "With several seeds, an interval includes the variation between trainings as well as between "
+            "samples."
         )
     yield (
         f"Equal quality is non-inferiority at {comparison.margin_points:g} points: a one-sided test at "
@@ -245,13 +254,19 @@ def _certificate(certificate: Mapping[str, object], run_id: str) -> Grid:
     reasons = missing if isinstance(missing, Mapping) else {}
     skipped = ("missing", "warnings", "created_at", "device_uuid")
     lines = [
-        (key, _figure(key, value) if value is not None else f"not measured: {reasons.get(key, 'no reason')}")
+        (key, _figure(key, value))
         for key, value in certificate.items()
-        if key not in skipped
+        if key not in skipped and value is not None
     ]
     warnings = certificate.get("warnings")
     lines += [("warning", str(one)) for one in (warnings if isinstance(warnings, Sequence) else ())]
-    return Grid(("figure", "value"), tuple(lines), left=2, title=f"The meter's certificate, by {run_id}")
+    lacking: dict[str, list[str]] = defaultdict(list)
+    for key, value in certificate.items():
+        if key not in skipped and value is None:
+            lacking[str(reasons.get(key, "no reason was recorded"))].append(key)
+    notes = tuple(f"not measured: {', '.join(keys)} ({reason})" for reason, keys in lacking.items())
+    title = f"The meter's certificate, by {run_id}"
+    return Grid(("figure", "value"), tuple(lines), notes, left=2, title=title)
 
 
 def _figure(key: str, value: object) -> str:

@@ -5,36 +5,56 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
+METHODS: Final[Mapping[str, str]] = {
+    "hest": "spectral adapters (R directions a layer) and, in scope network, every attention and MLP block "
+    "of the backbone off, int8 or full, all chosen by learned gates under an energy budget; the number is "
+    "the budget E_max as a ratio of what tabs spends",
+    "tabs": "the same adapters, each layer's directions gated token by token by a linear controller of its "
+    "own; no budget, full precision",
+    "bhsp": "the same adapters with one fixed gate a direction; no budget, full precision",
+    "lora": "LoRA on the query and value projections, merged into the weights for generation",
+    "base": "the backbone as it is, not fine-tuned",
+}
+"""What the methods are, in the order of print."""
+
+KINDS: Final[Mapping[str, str]] = {
+    "control": "precision fixed beforehand, to tell choosing from quantising: all layers in int8, the last "
+    "layers off, or blocks chosen greedily by sensitivity",
+    "ablation": "hest without one part: no dual (a fixed penalty in place of the multiplier), unfactorised "
+    "(a controller in every layer), fp16-only (no int8 state)",
+}
+
 GAP_COLUMNS: Final[Mapping[str, str]] = {
     "configuration": "a method with its budget and its ablations, whatever the seed",
     "against": "the configuration it is compared with, over the samples that both generated",
-    "role": "baseline (tabs, bhsp, lora), control (any method on fixed int8 or skipped layers, or hest's "
-    "blocks chosen greedily), or ablation (hest without a part of it)",
-    "samples": "test samples that both sides hold; each is compared with itself",
     "gap %": "percent fewer joules per sample; given only where the joules are measured and the quality "
     "is not inferior. Negative: more joules",
     "by length": "the part of the gap, in percent of joules, that is due to fewer or more new tokens",
     "by token": "the part of the gap that is due to fewer or more joules a token",
-    "joules ratio": "joules of the configuration over joules of the other, whatever their quality",
-    "least detectable saving": "the true saving in percent that so many samples and seeds would show as one "
-    "with 80 % power",
-    "time ratio": "wall time over wall time: all that can be said where joules are not measured",
-    "at equal length": "the verdict where both wrote equally many tokens, else the nearest that can be said",
+    "time ratio": "wall time of the configuration over wall time of the other; time is not energy",
     "quality difference": "points of the score, configuration minus other, mean over samples",
     "quality": "not inferior: the whole interval lies above minus the margin; inferior: wholly below it; "
     "inconclusive: neither",
+    "verdict": "less energy at equal quality; less energy, worse quality; more energy; no difference; or "
+    "inconclusive",
+    "joules ratio": "joules of the configuration over joules of the other, whatever their quality",
+    "least detectable saving": "the true saving in percent that so many samples and seeds would show as one "
+    "with 80 % power",
+    "at equal length": "the verdict where both wrote equally many tokens, else the nearest that can be said",
     "least detectable": "the smallest true difference in points that so many samples would show with 80 % "
     "power",
     "p99 ratio": "99th percentile of latency over that of the other; needs 100 batches",
     "controller parameters": "trained numbers that decide about states, configuration : other",
-    "over E_max": "share of the configuration's samples whose joules in scope exceed the budget, predicted",
-    "worst of E_max": "the sample with the most joules in scope, in percent of the budget, predicted",
+    "over E_max": "share of the configuration's samples whose predicted joules exceed the budget",
+    "worst of E_max": "the sample with the most predicted joules, in percent of its budget",
     "repaid after": "generated samples after which the joules saved outweigh the joules that its training "
     "spent more",
     "adjusted p": "one-sided p-value of less energy at equal quality, the larger of that of energy and that "
-    "of quality, after Holm over its family: all pairs with baselines and controls, or with ablations",
-    "verdict": "less energy at equal quality; less energy, worse quality; more energy; no difference; or "
-    "inconclusive",
+    "of quality, after Holm over its family: all pairs with baselines and controls, with ablations, or with "
+    "base",
+    "samples": "test samples that both sides hold; each is compared with itself",
+    "role": "baseline (tabs, bhsp, lora), control (any method on fixed int8 or skipped layers, or hest's "
+    "blocks chosen greedily), or ablation (hest without a part of it)",
 }
 """The columns of the gap table, in its order."""
 
@@ -42,13 +62,11 @@ _OF_JOULES: Final = (
     *("gap %", "by length", "by token", "joules ratio", "least detectable saving"),
     *("at equal length", "repaid after", "adjusted p", "verdict"),
 )
-_OF_TIME: Final = ("time ratio",)
 
 
 def gap_columns(measured: bool) -> list[str]:
-    """The columns that are shown: what follows from joules where these are measured, else times."""
-    hidden = _OF_TIME if measured else _OF_JOULES
-    return [name for name in GAP_COLUMNS if name not in hidden]
+    """The columns that are shown: those of joules only where these are measured."""
+    return [name for name in GAP_COLUMNS if measured or name not in _OF_JOULES]
 
 
 MEASURES: Final[Mapping[str, str]] = {
@@ -76,7 +94,11 @@ MEASURES: Final[Mapping[str, str]] = {
     "emax_j_per_sample": "the budget E_max of a sample, mean",
     "emax_use_percent": "scope joules of a sample in percent of its E_max, mean",
     "emax_use_worst_percent": "the same of the sample that used most of it",
-    "over_budget_percent": "share of samples above their E_max",
+    "over_budget_percent": "share of samples whose predicted joules, from the states that ran, exceed E_max",
+    "meter_of_predicted_percent": "what the meter says in percent of what the energy table predicts; far "
+    "from 100, either of them is wrong",
+    "meter_of_emax_percent": "what the meter says in percent of the budget: above 100, the budget is kept by "
+    "prediction only",
     "controller_parameters": "trained numbers that decide about states",
     "adapter_parameters": "trained numbers of the adapters, controller apart",
     "train_energy_j": "joules that training spent",

@@ -179,6 +179,8 @@ def _budget(member: Loaded) -> dict[str, Measure]:
     measures = {
         "scope_energy_j_per_sample": _mean(scope, samples, no_scope),
         "emax_j_per_sample": _mean(limit, samples, no_limit),
+        "meter_of_predicted_percent": _metered_share(member, scope, no_scope),
+        "meter_of_emax_percent": _metered_share(member, limit, no_limit),
     }
     if not held.any():
         share = run.over_budget_share
@@ -197,6 +199,17 @@ def _budget(member: Loaded) -> dict[str, Measure]:
         "emax_use_worst_percent": Measure(float(use.max()), n=int(held.sum())),
         "over_budget_percent": statistics.wilson(over_count, int(held.sum())).scaled(100),
     }
+
+
+def _metered_share(member: Loaded, whole: FloatArray, reason: str) -> Measure:
+    """The meter's joules in percent of what the budget counts as ``whole``, where that is the generation."""
+    if member.run.scope == "adapter" and np.isfinite(whole).any():
+        return absent("scope adapter counts the directions alone, the meter the whole generation")
+    joules = member.samples["energy_j"]
+    held = np.isfinite(joules) & np.isfinite(whole) & (whole > 0)
+    if not held.any():
+        return absent(reason if np.isfinite(joules).any() else "there are no joules of a meter")
+    return statistics.ratio_of_means(joules[held], whole[held], member.samples.batches[held]).scaled(100)
 
 
 def _notes(member: Loaded) -> tuple[str, ...]:

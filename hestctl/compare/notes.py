@@ -16,9 +16,7 @@ def notes(proposed: Entry, other: Entry) -> Iterator[str]:
         first, second = (", ".join(map(str, counts)) for counts in steps)
         yield f"{proposed.label} was trained for {first} steps, {other.label} for {second}"
     for entry in (proposed, other):
-        if len(entry.members) > 1:
-            yield f"{entry.label} is the mean of {len(entry.members)} seeds"
-        elif entry.seeds:
+        if len(entry.seeds) == 1:
             yield f"{entry.label} has one seed: that says nothing about another training"
     if budgets_differ(proposed, other):
         yield f"{proposed.label} and {other.label} count different scopes: joules of the meter alone"

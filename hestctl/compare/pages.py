@@ -27,6 +27,7 @@ from hestctl.store.files import write_whole
 
 _INLINE: Final = re.compile(r"([\\`*_\[\]|~$])")
 _LEADING: Final = re.compile(r"^(\d*)([-+#>=]|(?<=\d)[.)](?=\s|$))")
+_CODE: Final = re.compile(r"`([\w./][^`|]*)`")
 _MADE_BY: Final = "Made by hestctl"
 
 
@@ -93,7 +94,7 @@ def make(
         title=f"Energy at equal quality: {facts['backbone']} on {facts['dataset']}",
         verdict=comparison.conclusion,
         sections=(
-            chapters.compared(comparison),
+            chapters.compared(comparison, origin.settings()),
             chapters.gaps(comparison),
             chapters.rows(comparison),
             chapters.expectations(comparison),
@@ -129,8 +130,8 @@ def write(document: Document, path: Path) -> list[Path]:
 
 def as_html(document: Document) -> str:
     """One page: styles and figures are in it, nothing is fetched, no script is needed or allowed."""
-    environment = _environment()
-    environment.filters["data_uri"] = _data_uri
+    environment = _environment(finalize=_coded)
+    environment.filters |= {"data_uri": _data_uri, "plain": lambda text: Markup(escape(text))}
     return environment.get_template("report.html.jinja").render(document=document)
 
 
@@ -144,6 +145,13 @@ def as_markdown(document: Document, folder: str) -> str:
     }
     text = environment.get_template("report.md.jinja").render(document=document, folder=folder)
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def _coded(value: object) -> object:
+    """Words between backticks as code, in HTML."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(value))))
 
 
 def _environment(finalize: Callable[[object], object] | None = None) -> Environment:
@@ -166,7 +174,10 @@ def _escaped(value: object) -> object:
     if not isinstance(value, str) or isinstance(value, Markup):
         return value
     plain = " ".join(value.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return Markup(_LEADING.sub(r"\1\\\2", _INLINE.sub(r"\\\1", plain)))
+    parts = _CODE.split(plain)
+    parts[::2] = [_INLINE.sub(r"\\\1", part) for part in parts[::2]]
+    parts[1::2] = [f"`{part}`" for part in parts[1::2]]
+    return Markup(_LEADING.sub(r"\1\\\2", "".join(parts)))
 
 
 def _fenced(lines: Sequence[str]) -> Markup:

@@ -14,10 +14,12 @@ from hestctl.compare.loading import Entry
 from hestctl.compare.matching import Matched
 from hestctl.compare.measures import no_quality_reason
 from hestctl.compare.notes import budgets_differ, notes
-from hestctl.compare.results import Claim, Pair, Repeatability
+from hestctl.compare.results import Claim, Pair, Repeatability, Role
 from hestctl.compare.statistics import Estimate, FloatArray, Measure, absent
 from hestctl.compare.verdicts import Energy, Quality
 from hestctl.records import EnergyKind
+
+_FAMILIES: Sequence[tuple[Role, ...]] = (("baseline", "control"), ("ablation",), ("base",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +45,8 @@ def compare_pairs(
     """Every proposed configuration against every other that it may be held against, over the samples of both.
 
     Their claims of less energy, and of less energy at equal quality, are adjusted together: a false one among
-    all has the chance of one. Ablations ask another question and are a family of their own. ``forced`` is of
-    profile runs, by label.
+    all has the chance of one. Ablations, and the untrained model, ask other questions and are families of
+    their own. ``forced`` is of profile runs, by label.
     """
     found = [
         _evidence(one, other, kind, margin, repeatability)
@@ -52,11 +54,11 @@ def compare_pairs(
         for other in others
         if answers(one, other)
     ]
-    for ablation in (False, True):
+    for roles in _FAMILIES:
         family = [
             place
             for place, one in enumerate(found)
-            if (one.other.config.role == "ablation") == ablation and one.claim.both is not None
+            if one.other.config.role in roles and one.claim.both is not None
         ]
         claims = [found[place].claim for place in family]
         fewer = decisions.holm([claim.energy or 0.0 for claim in claims])
@@ -65,10 +67,10 @@ def compare_pairs(
             adjusted = replace(claim, adjusted_energy=p_fewer, adjusted=p_both, family=len(family))
             found[place] = replace(found[place], claim=adjusted)
     chosen: tuple[str, ...] = ()
-    if len(proposed) > 1:
+    if len(proposed) > 1 and kind == "measured":
         chosen = (
-            f"the best of {len(proposed)} proposed configurations is chosen by these very joules: "
-            "verdicts know that (Holm), the interval of its gap does not",
+            f"the best of {len(proposed)} proposed configurations is chosen by these joules: verdicts are "
+            "corrected for that (Holm), intervals are not",
         )
     made = [_pair(one, kind, margin, repeatability, forced) for one in found]
     return [replace(one, notes=(*one.notes, *chosen)) for one in made]
@@ -120,7 +122,8 @@ def _quality(first: Entry, second: Entry, matched: Matched, margin: float) -> Qu
         reason += f"; {second.label} itself scores no more than the margin of {margin:g}"
     if detectable is not None:
         reason += f" (the least difference that {len(paired)} samples can show is {detectable:.2g} points)"
-    return Quality(metric, verdict, difference, p, detectable, reason)
+    share = decisions.sample_share(estimate)
+    return Quality(metric, verdict, difference, p, detectable, reason, share)
 
 
 def _near_chance(correct: FloatArray, chance: float) -> bool:
@@ -225,6 +228,7 @@ def _pair(
         verdict=verdict,
         why=why,
         notes=tuple(notes(proposed, other)),
+        sample_share=score.sample_share,
     )
 
 

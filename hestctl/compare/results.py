@@ -60,6 +60,8 @@ METRICS: Mapping[str, Metric] = {
     "emax_use_percent": Metric("scope joules of E_max, mean", "%", "table"),
     "emax_use_worst_percent": Metric("scope joules of E_max, worst", "%", "table"),
     "over_budget_percent": Metric("samples over E_max", "%", "table"),
+    "meter_of_predicted_percent": Metric("joules per sample of those predicted", "%", "meter"),
+    "meter_of_emax_percent": Metric("joules per sample of E_max", "%", "meter"),
     "controller_parameters": Metric("controller parameters", "parameters"),
     "adapter_parameters": Metric("adapter parameters", "parameters"),
     "train_energy_j": Metric("training joules", "J", "meter"),
@@ -120,6 +122,8 @@ class Pair:
     verdict where both wrote equally many tokens, of their own accord or forced to
     (``forced_length_ratio``, from profile runs), else why there is none and the joules per token.
     ``meter_error_percent`` is by how much the meter's error bounds of both sides may shift ``ratio``.
+    ``sample_share`` is the samples' part (0 to 1) of the square of ``least_detectable_points``; the seeds
+    make the rest.
     """
 
     proposed: str
@@ -152,6 +156,7 @@ class Pair:
     verdict: Verdict
     why: str
     notes: tuple[str, ...] = ()
+    sample_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

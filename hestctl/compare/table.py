@@ -21,12 +21,14 @@ from hestctl.compare.loading import (
     facts,
     plain_label,
 )
+from hestctl.compare.pair_tables import gap_tables
 from hestctl.compare.reading import load, read_runs
 from hestctl.compare.repeats import repeatability, repeats
 from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, Role, SetApart
+from hestctl.compare.row_tables import as_rows
 from hestctl.compare.statistics import Measure, absent
-from hestctl.compare.text import TextTable, as_rows, compared_lines, gap_tables, verdict_lines
+from hestctl.compare.text import TextTable, compared_lines, verdict_lines
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Run
 
@@ -73,7 +75,7 @@ def compare(
     configs = {row.label: row.config_label for row in rows}
     compared = pairs.compare_pairs(
         [entry for entry in made if entry.config.role == "proposed"],
-        [entry for entry in made if entry.config.role in ("baseline", "control", "ablation")],
+        [entry for entry in made if entry.config.role != "proposed"],
         kind,
         margin,
         granted,

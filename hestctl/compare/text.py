@@ -1,24 +1,19 @@
-"""A comparison as plain text tables and lines; the command line renders them."""
+"""Numbers, cells and tables as text, the same in a terminal and on the page."""
 
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hestctl.compare.configurations import Configuration, configurations
-from hestctl.compare.results import METRICS, PRIMARY, Best, Comparison, Pair, Row
+from hestctl.compare.results import Best, Comparison, Pair
 from hestctl.compare.statistics import Measure
 
 NOT_MEASURED: Final = "not measured"
 RIVALS: Final = ("baseline", "control", "ablation", "proposed", "base")
 """Roles in the order in which the best configuration is set against them."""
-_SENTENCES: Final = 6
-"""Up to so many pairs each has its sentence below the table."""
-_LABEL_WIDTH: Final = 16
-"""Columns of a label in a terminal; longer ones go on in the next line."""
+_NO_REASON: Final = "no reason was recorded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +24,20 @@ class TextTable:
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A text, with a footnote where it has a ``reason``; an empty one is the footnote's letter alone."""
+
+    text: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    header: str
+    cells: tuple[Cell, ...]
 
 
 @dataclass(slots=True)
@@ -47,15 +56,64 @@ class Footnotes:
         return self.missing(measure.reason).removeprefix(NOT_MEASURED).strip()
 
     def missing(self, reason: str | None, word: str = NOT_MEASURED) -> str:
-        return self.refer(word, f"{word}: {reason or 'no reason was recorded'}")
+        return self.refer(word, f"{word}: {reason or _NO_REASON}")
 
     def refer(self, word: str, reason: str) -> str:
         if reason not in self.reasons:
             self.reasons.append(reason)
-        return f"{word} ({_letter(self.reasons.index(reason))})"
+        return f"{word} ({_letter(self.reasons.index(reason))})".strip()
 
     def lines(self) -> tuple[str, ...]:
         return tuple(f"({_letter(place)}) {reason}" for place, reason in enumerate(self.reasons))
+
+
+def column(header: str, cells: Iterable[Cell | str]) -> Column:
+    return Column(header, tuple(Cell(one) if isinstance(one, str) else one for one in cells))
+
+
+def cell(measure: Measure, show: Callable[[Measure], str], word: str = NOT_MEASURED) -> Cell:
+    """What ``show`` makes of the measure, or ``word`` with the reason why there is none."""
+    if measure.value is None:
+        return Cell(word, f"{word}: {measure.reason or _NO_REASON}")
+    return Cell(show(measure))
+
+
+def narrow(measure: Measure, show: Callable[[Measure], str]) -> Cell:
+    """A cell for a column of bare numbers: the letter alone where there is none."""
+    found = cell(measure, show)
+    return Cell("", found.reason) if found.reason else found
+
+
+def table(title: str, columns: Sequence[Column], remarks: Sequence[str] = ()) -> TextTable:
+    """The columns side by side; one that says the same, in words, in every row becomes a note."""
+    same: dict[str, list[str]] = {}
+    kept = []
+    for place, one in enumerate(columns):
+        first = one.cells[0]
+        # Numbers that happen to agree stay: each was measured.
+        is_word = first.reason is not None or not any(letter.isdigit() for letter in first.text)
+        if place and len(one.cells) > 1 and len(set(one.cells)) == 1 and is_word:
+            same.setdefault(first.reason or first.text, []).append(one.header.removesuffix(" [95 %]"))
+        else:
+            kept.append(one)
+    notes = Footnotes()
+    rows = tuple(
+        tuple(one.text if one.reason is None else notes.refer(one.text, one.reason) for one in row)
+        for row in zip(*(one.cells for one in kept), strict=True)
+    )
+    told = "; ".join(f"{' and '.join(headers)} ({why})" for why, headers in same.items())
+    constant = (f"the same in every row: {told}",) if told else ()
+    return TextTable(title, tuple(one.header for one in kept), rows, (*notes.lines(), *constant, *remarks))
+
+
+def grouped(notes: Iterable[tuple[str, str]], every: Sequence[str]) -> list[tuple[list[str], str]]:
+    """Notes, each once, with the labels it is of; ``["each"]`` where it is of all in ``every``."""
+    held: dict[str, list[str]] = {}
+    for label, note in notes:
+        labels = held.setdefault(note, [])
+        if label not in labels:
+            labels.append(label)
+    return [(["each"] if len(labels) == len(every) > 1 else labels, note) for note, labels in held.items()]
 
 
 def number(value: float) -> str:
@@ -90,6 +148,16 @@ def percent_with_interval(measure: Measure) -> str:
     return f"{measure.value or 0.0:.1f} [{measure.low:.1f}, {measure.high:.1f}]"
 
 
+def whole(measure: Measure) -> str:
+    """A count, with thousands grouped."""
+    return f"{measure.value or 0.0:,.0f}"
+
+
+def bare(measure: Measure) -> str:
+    """The number without its interval."""
+    return number(measure.value or 0.0)
+
+
 def verdict_lines(comparison: Comparison) -> list[str]:
     """What follows from the comparison: the verdict first, then both gaps."""
     lines = [
@@ -114,8 +182,8 @@ def compared_lines(comparison: Comparison) -> list[str]:
         f"{facts['backbone']} ({facts['weights']} weights, {facts['dtype']}) on {facts['dataset']}, "
         f"{facts['split']} split",
         f"{facts['device']}; {_work(comparison)}, engine {facts['engine']}",
-        f"joules per sample are {comparison.energy_word} ({facts['meter']}); "
-        "joules of the budget are predicted from the energy table",
+        f"joules per sample: {comparison.energy_word} ({facts['meter']}); "
+        "of the budget: predicted from the energy table",
     ]
 
 
@@ -128,48 +196,6 @@ def _work(comparison: Comparison) -> str:
     return f"beams {facts['beams']}, batch {facts['batch size']}, {most}"
 
 
-def gap_tables(comparison: Comparison, *, every: bool = False) -> list[TextTable]:
-    """The gap at equal quality: the best proposed configuration against every other, then the other
-    proposed ones against the best baseline and the best control (``every``: against all)."""
-    best = comparison.best_proposed
-    if best is None:
-        return [_pair_table(comparison, comparison.pairs, None)] if comparison.pairs else []
-    first = sorted(
-        (pair for pair in comparison.pairs if pair.proposed == best.label),
-        key=lambda pair: RIVALS.index(pair.other_role),
-    )
-    others = [pair for pair in comparison.pairs if pair.proposed != best.label]
-    rivals = [one.label for one in (comparison.best_baseline, comparison.best_control) if one is not None]
-    shown = [pair for pair in others if every or pair.other in rivals]
-    tables = (
-        [_pair_table(comparison, first, best, reasons=every or len(first) <= _SENTENCES)] if first else []
-    )
-    if shown:
-        tables.append(_pair_table(comparison, shown, None, left_out=len(others) - len(shown)))
-    return tables
-
-
-def as_rows(comparison: Comparison, *, runs: bool = False) -> list[TextTable]:
-    """The other tables of the terminal; each fits 80 columns where intervals stand below their values.
-
-    One row a configuration, its seeds joined, or one a run.
-    """
-    lines: Sequence[Row | Configuration] = comparison.rows if runs else configurations(comparison.rows)
-    tables = [
-        _quality_table(comparison, lines),
-        _energy_table(comparison, lines),
-        _latency_table(lines),
-        _budget_table(comparison, lines),
-    ]
-    if comparison.pairs or comparison.repeats:
-        tables.append(_repeat_table(comparison))
-    if comparison.expectations:
-        tables.append(_expectation_table(comparison))
-    if comparison.set_apart:
-        tables.append(_apart_table(comparison))
-    return tables
-
-
 def _deciding(comparison: Comparison) -> Pair | None:
     best, other = comparison.best_proposed, comparison.best_baseline
     if best is None or other is None:
@@ -178,233 +204,10 @@ def _deciding(comparison: Comparison) -> Pair | None:
     return next((pair for pair in comparison.pairs if (pair.proposed, pair.other) == names), None)
 
 
-def _label(text: str) -> str:
-    return "\n".join(textwrap.wrap(text, _LABEL_WIDTH))
-
-
-def _naming(lines: Sequence[Row | Configuration]) -> str:
-    return "configuration" if isinstance(lines[0], Configuration) else "run"
-
-
-def _quality_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
-    notes = Footnotes()
-    metric = METRICS[comparison.quality_metric]
-    if comparison.task == "classification":
-        others: tuple[tuple[str, str], ...] = (("chance %", "chance_percent"),)
-    else:
-        others = (
-            ("R-L", "rouge_l"),
-            ("R-1", "rouge1"),
-            ("R-2", "rouge2"),
-            ("answer\nNLL", "answer_nll_nats"),
-        )
-    headers = (
-        _naming(lines),
-        "seeds" if isinstance(lines[0], Configuration) else "samples",
-        f"{metric.title}\n{metric.unit}\n[95 %]",
-        *(title for title, _ in others),
-    )
-    rows = tuple(
-        (
-            _label(line.label),
-            str(line.seeds if isinstance(line, Configuration) else line.samples),
-            notes.cell(line.measure(comparison.quality_metric), with_interval),
-            *(notes.narrow(line.measure(name), _bare) for _, name in others),
-        )
-        for line in lines
-    )
-    remarks = []
-    if any(isinstance(line, Configuration) and line.seeds > 1 for line in lines):
-        remarks.append("several seeds: means with intervals over the seeds; one seed: intervals over samples")
-    remarks += [f"{line.label}: {note}" for line in lines for note in line.notes]
-    return TextTable("Quality", headers, rows, (*notes.lines(), *remarks))
-
-
-def _energy_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
-    notes = Footnotes()
-    word = comparison.energy_word
-    headers = (
-        _naming(lines),
-        f"J/sample\n{word}\n[95 %]",
-        f"net of idle\nJ/sample\n{word}",
-        "new\ntokens",
-        f"J/token\n{word}",
-    )
-    rows = tuple(
-        (
-            _label(line.label),
-            notes.cell(line.measure(PRIMARY), with_interval),
-            notes.narrow(line.measure("energy_net_j_per_sample"), _bare),
-            notes.narrow(line.measure("new_tokens_per_sample"), _bare),
-            notes.narrow(line.measure("energy_j_per_new_token"), _bare),
-        )
-        for line in lines
-    )
-    return TextTable("Energy", headers, rows, notes.lines())
-
-
-def _latency_table(lines: Sequence[Row | Configuration]) -> TextTable:
-    notes = Footnotes()
-    headers = (_naming(lines), "p50 s", "p99 s\n[95 %]", "tokens/s")
-    rows = tuple(
-        (
-            _label(line.label),
-            notes.narrow(line.measure("latency_p50_s"), _bare),
-            notes.cell(line.measure("latency_p99_s"), with_interval),
-            notes.narrow(line.measure("tokens_per_s"), _bare),
-        )
-        for line in lines
-    )
-    remark = ("open: the data end before the interval does",) if any("open" in row[2] for row in rows) else ()
-    return TextTable("Latency", headers, rows, (*notes.lines(), *remark))
-
-
-def _budget_table(comparison: Comparison, lines: Sequence[Row | Configuration]) -> TextTable:
-    notes = Footnotes()
-    scopes = list(dict.fromkeys(line.scope for line in lines if line.scope))
-    headers = (
-        _naming(lines),
-        *(("scope",) if len(scopes) > 1 else ()),
-        "J/sample\nin scope,\npredicted",
-        "mean\n% of\nE_max",
-        "worst\n% of\nE_max",
-        "over\nE_max\n%",
-        f"training\nJ\n{comparison.energy_word}",
-        "controller\nparameters",
-    )
-    rows = tuple(
-        (
-            _label(line.label),
-            *((line.scope or "none",) if len(scopes) > 1 else ()),
-            notes.narrow(line.measure("scope_energy_j_per_sample"), _bare),
-            notes.narrow(line.measure("emax_use_percent"), _bare),
-            notes.narrow(line.measure("emax_use_worst_percent"), _bare),
-            notes.narrow(line.measure("over_budget_percent"), _bare),
-            notes.narrow(line.measure("train_energy_j"), _bare),
-            notes.narrow(line.measure("controller_parameters"), whole),
-        )
-        for line in lines
-    )
-    title = f"Budget (scope {scopes[0]}) and cost" if len(scopes) == 1 else "Budget and cost"
-    return TextTable(title, headers, rows, notes.lines())
-
-
-def _pair_table(
-    comparison: Comparison,
-    pairs: Sequence[Pair],
-    best: Best | None,
-    *,
-    left_out: int = 0,
-    reasons: bool = True,
-) -> TextTable:
-    """Pairs of one proposed configuration, ``best``, which the title then names, or of several."""
-    notes = Footnotes()
-    measured = comparison.energy_kind == "measured"
-    headers: tuple[str, ...] = (
-        "against" if best else "pair",
-        *(
-            ("gap %\n[95 %]", "by length\nby token")
-            if measured
-            else ("gap %", "estimated time\nratio [95 %]")
-        ),
-        "quality\npoints",
-        "verdict",
-    )
-    rows: list[tuple[str, ...]] = []
-    for pair in pairs:
-        name = _label(pair.other) if best else f"{_label(pair.proposed)} :\n{_label(pair.other)}"
-        difference = pair.quality_difference.value
-        points = (
-            notes.missing(pair.quality_difference.reason)
-            if difference is None
-            else f"{difference:+.2f}\n{pair.quality}"
-        )
-        gap = notes.cell(pair.gap_percent, percent_with_interval, "no gap").replace(" [", "\n[")
-        beside = notes.cell(pair.time_ratio, with_interval)
-        if measured:
-            parts = (pair.length_part_percent, pair.token_part_percent)
-            beside = "\n".join(f"{part:+.1f}" for part in parts if part is not None)
-        rows.append((name, gap, beside, points, pair.verdict))
-    title = "Gap at equal quality"
-    if best is not None:
-        title += f": {best.label} against the others"
-    elif comparison.best_proposed is not None:
-        title += ": further pairs"
-    remarks = _pair_remarks(pairs, reasons) if best else ()
-    if left_out:
-        counted = "1 more pair" if left_out == 1 else f"{left_out} more pairs"
-        remarks += (f"{counted} of the other configurations: --runs shows all",)
-    return TextTable(title, headers, tuple(rows), (*notes.lines(), *remarks))
-
-
-def _pair_remarks(pairs: Sequence[Pair], reasons: bool) -> tuple[str, ...]:
-    repaid = [
-        f"{pair.other} {whole(pair.break_even_samples)}"
-        for pair in pairs
-        if pair.break_even_samples.value is not None
-    ]
-    told = [f"{pair.proposed} : {pair.other}: {pair.why}" for pair in pairs]
-    told += dict.fromkeys(note for pair in pairs for note in pair.notes)
-    if not reasons:
-        # Sentences for every pair would be a wall between the table and the next.
-        told = ["--runs, --json and --report say why for every pair"]
-    return (
-        *((f"training joules are repaid after so many samples: {', '.join(repaid)}",) if repaid else ()),
-        *told,
-    )
-
-
-def _repeat_table(comparison: Comparison) -> TextTable:
-    """What the comparison calls a difference where there is none."""
-    notes = Footnotes()
-    rows: tuple[tuple[str, ...], ...] = tuple(
-        (
-            f"{repeat.label},\n{repeat.kind}",
-            with_interval(repeat.ratio),
-            repeat.energy_word,
-            notes.cell(repeat.quality_difference, lambda one: f"{one.value or 0:+.2f}"),
-            repeat.quality,
-        )
-        for repeat in comparison.repeats
-    )
-    if not rows:
-        unknown = notes.missing(
-            "no two finished runs are of one configuration and seed"
-            if comparison.energy_kind != "none"
-            else "there was no energy meter"
-        )
-        rows = (("none in these stores", unknown, "-", unknown, "-"),)
-    ratio = f"ratio of joules\n{comparison.energy_word} [95 %]"
-    headers = ("one model twice", ratio, "called", "quality\npoints", "called")
-    remark = f"repeatability granted to every verdict: {comparison.repeatability.reason}"
-    return TextTable("A/A control", headers, rows, (*notes.lines(), remark))
-
-
-def _expectation_table(comparison: Comparison) -> TextTable:
-    notes = Footnotes()
-    rows = tuple((line.text, notes.refer(line.outcome, line.reason)) for line in comparison.expectations)
-    return TextTable("The original's expectations", ("expected of HEST", "outcome"), rows, notes.lines())
-
-
-def _apart_table(comparison: Comparison) -> TextTable:
-    notes = Footnotes()
-    rows = tuple((one.run_id, one.label, notes.refer(one.kind, one.reason)) for one in comparison.set_apart)
-    return TextTable("Set apart", ("run id", "run", "kept out as"), rows, notes.lines())
-
-
 def _gap_line(name: str, other: Best | None, gap: Measure) -> str:
     if gap.value is None:
         return f"{name}: none ({gap.reason})"
     return f"{name} ({other.label if other else ''}): {percent_with_interval(gap)} % fewer joules per sample"
-
-
-def whole(measure: Measure) -> str:
-    """A count, with thousands grouped."""
-    return f"{measure.value or 0.0:,.0f}"
-
-
-def _bare(measure: Measure) -> str:
-    return number(measure.value or 0.0)
 
 
 def _decimals(value: float) -> int:

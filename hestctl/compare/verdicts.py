@@ -24,6 +24,7 @@ class Quality:
     p: float | None
     detectable_points: float | None
     reason: str
+    sample_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from hestctl.data.examples import SPLITS, Example, Splits, Task, make_splits
-from hestctl.data.files import KINDS, columns_present, kind_of, open_table
+from hestctl.data.files import KINDS, columns_present, count_rows, kind_of, open_table
 from hestctl.data.hub import hub_tables
 from hestctl.data.lra import DIGIT_LABELS, REVIEW_LABELS, listops_splits, name_labels, published
 from hestctl.data.tables import Columns, Table, few, nearest, read_examples
@@ -44,16 +45,62 @@ def load_splits(settings: DataSettings, *, seed: int) -> Splits:
 
     Raises HestError, naming the file, line and column, for anything in the data that cannot be used.
     """
+    given = _given(settings)
+    try:
+        return _from_given(given, settings) if given else _from_source(settings, seed)
+    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a loop of links
+        raise HestError(f"the data cannot be read: {error}", "check the path", Exit.USAGE) from None
+
+
+class Available(NamedTuple):
+    """How many samples a split could have.
+
+    About so many, where a file of more ``rows`` is dealt to several splits.
+    """
+
+    samples: int
+    rows: int
+
+
+def available(settings: DataSettings) -> dict[str, Available]:
+    """What the files of one's own data hold for each split; empty for other sources. Rows are only counted.
+
+    Raises HestError (usage) for files that are not there or cannot be read.
+    """
+    found: dict[str, Available] = {}
+    files = _own_files(settings)
+    for key, path in files.items():
+        rows = count_rows(path)
+        if key == _WHOLE:
+            shares = {"train": 0.8, "validation": 0.1, "test": 0.1}
+        elif key == "train" and "validation" not in files:
+            shares = {"train": 0.9, "validation": 0.1}
+        else:
+            shares = {key: 1.0}
+        found |= {split: Available(round(rows * share), rows) for split, share in shares.items()}
+    return found
+
+
+def is_hub_source(settings: DataSettings) -> bool:
+    """Whether the data come from a hub, so that a look at them may be a download."""
+    return settings.source in ("cnn_dailymail", "lra-text") and not _given(settings)
+
+
+def _given(settings: DataSettings) -> dict[str, Path]:
     files = {
         "train": settings.train_file,
         "validation": settings.validation_file,
         "test": settings.test_file,
     }
-    given = {split: path for split, path in files.items() if path is not None}
-    try:
-        return _from_given(given, settings) if given else _from_source(settings, seed)
-    except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a loop of links
-        raise HestError(f"the data cannot be read: {error}", "check the path", Exit.USAGE) from None
+    return {split: path for split, path in files.items() if path is not None}
+
+
+def _own_files(settings: DataSettings) -> dict[str, Path]:
+    given = _given(settings)
+    if given or settings.source in NAMED_SOURCES:
+        return given
+    path = Path(settings.source).expanduser()
+    return _in_folder(path) if path.is_dir() else {_WHOLE: path}
 
 
 def _from_source(settings: DataSettings, seed: int) -> Splits:

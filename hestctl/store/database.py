@@ -5,6 +5,7 @@ Callers hold the store's lock. No handle outlives it: even a reader's shuts ever
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -17,13 +18,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hestctl.durable import sync
 from hestctl.errors import Exit, HestError
+from hestctl.store import lock
 from hestctl.store.files import NO_SPACE, free_name, write_error
+from hestctl.store.finding import has_run_folders, is_database
 from hestctl.store.migrations import migrate, schema_version, version_of
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
 _T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
 
 # Two threads suffice for one run's rows, and sixteen processes may each open a store at once.
 # Extensions that are not built in would be fetched over the network.
@@ -202,24 +207,39 @@ def rebuild_hint(db: Path) -> str:
     return f"rebuild it from the runs' own folders: hestctl runs rebuild --db {db}"
 
 
+def _recovery_hint(db: Path) -> str:
+    """What brings a file back that DuckDB cannot use, if anything does."""
+    if has_run_folders(db):
+        return rebuild_hint(db)
+    if db.exists() and not os.access(db, os.R_OK):
+        return "check the file's permissions"
+    if is_database(db):
+        return "no run folders are beside it to rebuild it from: name another with --db"
+    return "this is no store of hestctl: name another with --db"
+
+
 def _patiently(action: Callable[[], _T], db: Path, timeout_s: float) -> _T:
     """Try again while a program that knows nothing of our lock, such as DuckDB's shell, has the file."""
     import duckdb
 
-    deadline = time.monotonic() + timeout_s
+    start, told = time.monotonic(), False
     while True:
         try:
             return action()
         except duckdb.IOException as error:
             if "Could not set lock" not in str(error):
                 raise
-            if time.monotonic() >= deadline:
-                pid = re.search(r"PID \d+", str(error))
+            waited_s, pid = time.monotonic() - start, re.search(r"PID \d+", str(error))
+            who = pid[0] if pid else "another process"
+            if waited_s >= timeout_s:
                 raise HestError(
-                    f"the store {db} is open in {pid[0] if pid else 'a process'} (waited {timeout_s:g} s)",
+                    f"the store {db} is open in {who} (waited {timeout_s:g} s)",
                     "close it there, or try again",
                     Exit.STORE,
                 ) from error
+            if waited_s >= lock.TELL_AFTER_S and not told:
+                told = True
+                _log.warning("waiting for %s: it has the store %s open", who, db)
         time.sleep(0.1)
 
 
@@ -231,9 +251,9 @@ def _explained(db: Path) -> Iterator[None]:
         yield
     except duckdb.Error as error:
         first_line = str(error).strip().split("\n")[0]
-        hint = rebuild_hint(db)
+        hint = _recovery_hint(db)
         if any(os.strerror(number) in first_line for number in NO_SPACE):
-            hint = f"free some space, then {hint}"
+            hint = f"free some space, then {rebuild_hint(db) if has_run_folders(db) else 'try again'}"
         elif "newer version of DuckDB" in str(error):
             hint = f"pip install --upgrade duckdb, or {hint}"
         raise HestError(f"the store {db} cannot be used: {first_line}", hint, Exit.STORE) from error

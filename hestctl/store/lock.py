@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -16,6 +17,10 @@ from hestctl.store.files import write_error
 if TYPE_CHECKING:
     from filelock import FileLock
 
+TELL_AFTER_S = 1.0
+"""How long a store is waited for without a word."""
+
+_log = logging.getLogger(__name__)
 _READ_ONLY = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -33,17 +38,22 @@ class StoreLock:
     def held(self, read_only: bool = False) -> Iterator[None]:
         """Wait for the lock and hold it.
 
-        Raises HestError (store) that names the holder after ``timeout_s`` seconds. ``read_only``: in a
-        folder where nobody can make a lock file nobody can write a store either, so it goes without.
+        Raises HestError (store) that names the holder after ``timeout_s`` seconds; who is waited for longer
+        than a moment is logged. ``read_only``: where there is no lock file it goes without, and leaves none.
+        A writer that comes meanwhile is kept out by DuckDB's own lock on the file, for which it waits.
         """
+        if read_only and not self.path.exists():
+            yield
+            return
         from filelock import Timeout
 
         try:
             lock = self._file_lock()
-            lock.acquire(timeout=self._timeout_s, poll_interval=0.02)
+            self._acquire(lock)
         except Timeout as error:
             raise self._taken() from error
         except OSError as error:
+            # In a folder where nobody can open the lock file nobody can write a store either.
             if not (read_only and error.errno in _READ_ONLY):
                 raise write_error(self.path, 0, error) from error
             yield
@@ -56,6 +66,18 @@ class StoreLock:
             if lock.lock_counter == 1:
                 self._holder.unlink(missing_ok=True)
             lock.release()
+
+    def _acquire(self, lock: FileLock) -> None:
+        from filelock import Timeout
+
+        first_s = min(TELL_AFTER_S, self._timeout_s)
+        try:
+            lock.acquire(timeout=first_s, poll_interval=0.02)
+        except Timeout:
+            if first_s == self._timeout_s:
+                raise
+            _log.warning("waiting for %s: it holds the store %s", self._who(), self._db)
+            lock.acquire(timeout=self._timeout_s - first_s, poll_interval=0.02)
 
     def _file_lock(self) -> FileLock:
         # Imported late: filelock costs 60 ms, which `hestctl --help` need not pay.
@@ -74,14 +96,16 @@ class StoreLock:
             # On a full disk the lock still locks; only its holder stays unnamed.
             return
 
-    def _taken(self) -> HestError:
+    def _who(self) -> str:
         try:
             pid, host = self._holder.read_text().split()
-            holder = f"process {pid} on {host}"
         except (OSError, ValueError):
-            holder = "another process"
+            return "another process"
+        return f"process {pid} on {host}"
+
+    def _taken(self) -> HestError:
         return HestError(
-            f"the store {self._db} is locked by {holder} (waited {self._timeout_s:g} s)",
+            f"the store {self._db} is locked by {self._who()} (waited {self._timeout_s:g} s)",
             "wait for it to end, or try again",
             Exit.STORE,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
 from hestctl.store.database import attach_snapshot, in_memory, load_copy
+from hestctl.store.finding import demand_store, find_stores
 from hestctl.store.index import TABLES, take_runs
 from hestctl.store.lock import StoreLock
 from hestctl.store.store import Store
@@ -23,16 +23,35 @@ if TYPE_CHECKING:
 
 
 def get_run(store: Store, run_id: str) -> Run:
-    """The run with this id. Raises HestError (usage) that names the nearest ids when there is none."""
+    """The run with this id.
+
+    Raises HestError (usage) that names the nearest ids when there is none, or the stores nearby when there
+    is no store.
+    """
+    demand_store(store.db)
     with store.reading() as con:
         runs = take_runs(con, "SELECT * FROM runs WHERE run_id = ?", [run_id])
         if runs:
             return runs[0]
-        newest_first = con.execute("SELECT run_id FROM runs ORDER BY created_at DESC").fetchall()
-    ids = [known for (known,) in newest_first]
+    ids = run_ids(store)
     near = difflib.get_close_matches(run_id, ids, n=3, cutoff=0.5) or ids[:3]
     hint = f"the nearest are: {', '.join(near)}" if near else "the store has no runs"
     raise HestError(f"there is no run {run_id!r} in {store.db}", hint, Exit.USAGE)
+
+
+def run_ids(store: Store) -> list[str]:
+    """The ids of all runs, the newest first."""
+    with store.reading() as con:
+        found = con.execute("SELECT run_id FROM runs ORDER BY created_at DESC, run_id DESC").fetchall()
+    return [run_id for (run_id,) in found]
+
+
+def runs_like(store: Store, part: str) -> list[Run]:
+    """The runs whose id holds ``part``, the newest first. Raises HestError (usage) without a store."""
+    demand_store(store.db)
+    query = "SELECT * FROM runs WHERE contains(run_id, ?) ORDER BY created_at DESC, run_id DESC"
+    with store.reading() as con:
+        return take_runs(con, query, [part])
 
 
 def list_runs(
@@ -45,6 +64,25 @@ def list_runs(
     limit: int | None = None,
 ) -> list[Run]:
     """The runs that match everything given, the newest first; none where there is no store."""
+    where, values = _conditions(command, method, status, has_plan)
+    query = f"SELECT * FROM runs WHERE {where} ORDER BY created_at DESC, run_id DESC LIMIT ?"
+    with store.reading() as con:
+        return take_runs(con, query, [*values, limit])
+
+
+def count_runs(store: Store, *, command: str | None = None, method: str | None = None) -> int:
+    """How many runs match everything given."""
+    where, values = _conditions(command, method)
+    with store.reading() as con:
+        return int(con.execute(f"SELECT count(*) FROM runs WHERE {where}", values).fetchall()[0][0])
+
+
+def _conditions(
+    command: str | None,
+    method: str | None,
+    status: RunStatus | None = None,
+    has_plan: bool | None = None,
+) -> tuple[str, list[str | int | None]]:
     conditions = ["true"]
     values: list[str | int | None] = []
     for column, value in (("command", command), ("method", method), ("status", status)):
@@ -53,9 +91,7 @@ def list_runs(
             values.append(value)
     if has_plan is not None:
         conditions.append(f"run_id {'IN' if has_plan else 'NOT IN'} (SELECT run_id FROM plans)")
-    query = f"SELECT * FROM runs WHERE {' AND '.join(conditions)} ORDER BY created_at DESC, run_id DESC"
-    with store.reading() as con:
-        return take_runs(con, f"{query} LIMIT ?", [*values, limit])
+    return " AND ".join(conditions), values
 
 
 def latest_run(
@@ -121,46 +157,6 @@ def _demand_undamaged(files: Sequence[Path], lock_timeout_s: float, error: duckd
                 load_copy(con, file, "whole", lock_timeout_s)
             except HestError as damage:
                 raise damage from error
-
-
-def find_stores(paths_or_globs: Sequence[str]) -> list[Path]:
-    """The files named, in the order given, each once however often and by whatever path it is named.
-
-    A glob stands for the ``*.duckdb`` files among its matches. Raises HestError (usage) for a name
-    that no file has.
-    """
-    found: dict[tuple[int, int], Path] = {}
-    for text in paths_or_globs:
-        path = Path(text)
-        if path.is_file():
-            matches = [path]
-        else:
-            # Path.glob would refuse absolute patterns.
-            names = sorted(glob.glob(text, recursive=True))  # noqa: PTH207
-            matches = [Path(name) for name in names if name.endswith(".duckdb") and Path(name).is_file()]
-        if not matches:
-            raise _missing(path)
-        for match in matches:
-            status = match.stat()
-            found.setdefault((status.st_dev, status.st_ino), match.resolve())
-    return list(found.values())
-
-
-def _missing(path: Path) -> HestError:
-    folders = dict.fromkeys(folder.resolve() for folder in (path.parent, Path.cwd()) if folder.is_dir())
-    nearby = [str(file) for folder in folders for file in sorted(folder.glob("*.duckdb"))]
-    if not nearby:
-        return HestError(
-            f"there is no store {path}, and none nearby",
-            f"record a run first: hestctl train --db {path}",
-            Exit.USAGE,
-        )
-    best = difflib.get_close_matches(str(path.absolute()), nearby, n=1, cutoff=0.0)[0]
-    return HestError(
-        f"there is no store {path}; nearby: {', '.join(nearby[:5])}",
-        f"name it with: --db {best}",
-        Exit.USAGE,
-    )
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from hestctl.errors import Exit, HestError
 from hestctl.records import Run, RunStatus
 from hestctl.store import database
+from hestctl.store.finding import demand_name
 from hestctl.store.folder import LINE_TABLES, RunFolder, is_run_id
 from hestctl.store.index import put_folder, put_run, row_counts, take_runs
 from hestctl.store.lock import StoreLock
@@ -51,14 +52,19 @@ class Mismatch:
     problem: str
 
 
+NO_FOLDER = "it is in the index, but its folder is missing"
+"""The problem of a run that a copied index has and its place has not."""
+
+
 class Store:
     """The runs of ``db`` (such as ``runs.duckdb``) and of the folder beside it (``runs/``).
 
     Making one opens nothing and creates nothing. ``lock_timeout_s``: how long to wait for another
-    process, in seconds. Raises HestError (usage) for a path that cannot name a store.
+    process, in seconds. Raises HestError (usage) for a path that cannot name a store, a folder's among them.
     """
 
     def __init__(self, db: Path, lock_timeout_s: float = 30.0) -> None:
+        demand_name(db)
         # DuckDB takes what follows a '?' for options of a URL, and cannot escape a backslash in a pattern.
         if not db.suffix or set("?\\") & set(str(db.absolute())):
             raise HestError(
@@ -121,11 +127,11 @@ class Store:
                     skipped[run_id] = error.message
             con.execute("COMMIT")
 
+        if not self._folder_ids():
+            message = f"there are no runs in {self.root} to rebuild {self.db} from"
+            raise HestError(message, exit_code=Exit.STORE)
         with self.locked():
             ids = self._folder_ids()
-            if not ids:
-                message = f"there are no runs in {self.root} to rebuild {self.db} from"
-                raise HestError(message, exit_code=Exit.STORE)
             backup = database.keep_copy(self.db, "before-rebuild") if self.db.exists() else None
             database.create(self.db, fill)
         return Rebuilt(len(ids) - len(skipped), lost, skipped, backup)
@@ -137,7 +143,7 @@ class Store:
             counts = row_counts(con)
         ids = self._folder_ids()
         gone = indexed.keys() - set(ids)
-        found = [Mismatch(run_id, "it is in the index, but its folder is missing") for run_id in gone]
+        found = [Mismatch(run_id, NO_FOLDER) for run_id in gone]
         for run_id in ids:
             found += [Mismatch(run_id, problem) for problem in self._problems(run_id, indexed, counts)]
         return sorted(found, key=lambda mismatch: (mismatch.run_id, mismatch.problem))

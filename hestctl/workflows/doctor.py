@@ -17,17 +17,23 @@ from hestctl.store.migrations import MIGRATIONS
 from hestctl.store.queries import list_runs
 from hestctl.store.store import Store
 
+POWERCAP = Path("/sys/class/powercap")
+"""Where Linux shows the counters of RAPL."""
+
 
 def examine(settings: Settings, environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """Facts by section. What cannot be had is said in place of the value; nothing is raised."""
     store = Store(settings.db)
+    folder = settings.db.absolute().parent
+    writable = os.access(folder, os.W_OK)
     return {
         "versions": versions(),
         "device": _device(),
         "meter": _meter(settings),
         "paths": {
             "store": str(settings.db.absolute()),
-            "store_writable": os.access(settings.db.absolute().parent, os.W_OK),
+            "store_writable": writable,
+            **({} if writable else {"next": _writable_next(folder)}),
             "run_folders": str(store.root.absolute()),
             "cache": str(cache_root()),
             "profiles": f"{profile_dir()}: {', '.join(profile_names())}",
@@ -35,6 +41,12 @@ def examine(settings: Settings, environment: Mapping[str, str]) -> dict[str, dic
         "store": {"schema": len(MIGRATIONS), "runs": _runs(store)},
         "environment": {k: v for k, v in environment.items() if k.startswith("HESTCTL_")},
     }
+
+
+def _writable_next(folder: Path) -> str:
+    if not folder.exists():
+        return f"{folder} is made by the first command that records"
+    return "name a store in a folder that you may write to: --db ~/runs.duckdb"
 
 
 def _device() -> dict[str, Any]:
@@ -82,10 +94,17 @@ def _meter(settings: Settings) -> dict[str, Any]:
             facts[meter] = f"{counter.kind}: {counter.name} on {counter.device_name}"
         except CounterError as error:
             facts[meter] = f"not usable: {error}"
-    powercap = Path("/sys/class/powercap")
-    facts["rapl_files"] = (
-        "readable" if any(os.access(p, os.R_OK) for p in powercap.glob("*/energy_uj")) else "none readable"
-    )
+    counters = sorted(POWERCAP.glob("*/energy_uj"))
+    closed = [path for path in counters if not os.access(path, os.R_OK)]
+    facts["rapl_files"] = "readable" if len(closed) < len(counters) else "none readable"
+    if not counters:
+        facts["rapl"] = f"not usable: no RAPL counter in {POWERCAP}; virtual machines mostly have none"
+    elif len(closed) == len(counters):
+        facts["rapl"] = f"not usable: no permission to read {closed[0]}"
+        facts["next"] = f"sudo chmod a+r {POWERCAP}/*/energy_uj (until the machine starts again)"
+    if not any(str(found).startswith("measured") for found in facts.values()):
+        measures = "an NVIDIA GPU with an energy counter, or a CPU whose RAPL can be read, measures"
+        facts.setdefault("next", f"joules are estimated here: {measures}")
     return facts
 
 

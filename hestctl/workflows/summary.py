@@ -10,14 +10,16 @@ import numpy as np
 
 from hestctl.records import Sample
 
-P99_SAMPLES = 100
-"""Below so many samples a 99th percentile is little more than the maximum, and is not given."""
+P99_BATCHES = 100
+"""Below so many a 99th percentile is little more than the maximum, and is not given. The latency of a sample
+is that of its batch."""
 
 
 def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
     """Means over samples; joules over samples whose window is valid. None where nothing was measured."""
     valid = [s for s in samples if s.energy_valid and s.energy_j is not None]
     latencies = [s.latency_s for s in samples]
+    batches = len({s.batch_index for s in samples})
     labelled = [s for s in samples if s.label is not None]
     answer_tokens = sum(s.answer_tokens or 0 for s in samples)
     return {
@@ -32,7 +34,7 @@ def summarise(samples: Sequence[Sample]) -> dict[str, Any]:
         "new_tokens_per_sample": _mean([s.new_tokens for s in samples]),
         "prompt_tokens_per_sample": _mean([s.prompt_tokens for s in samples]),
         "latency_p50_s": float(np.percentile(latencies, 50)) if latencies else None,
-        "latency_p99_s": float(np.percentile(latencies, 99)) if len(latencies) >= P99_SAMPLES else None,
+        "latency_p99_s": float(np.percentile(latencies, 99)) if batches >= P99_BATCHES else None,
         "latency_max_s": max(latencies, default=None),
         "rouge1": _mean([s.rouge1 for s in samples]),
         "rouge2": _mean([s.rouge2 for s in samples]),

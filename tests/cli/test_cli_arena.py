@@ -133,7 +133,7 @@ def test_equal_accuracy_is_claimed_above_chance_alone(reviews: Study, expression
 
 
 def test_tables_and_figures_speak_of_accuracy(reviews: Study) -> None:
-    outcome = run_cli(reviews.folder, "compare", "--formats", "svg")
+    outcome = run_cli(reviews.folder, "compare", "--all", "--formats", "svg")
     assert outcome.code == 0, outcome.err
     assert "ROUGE-Lsum" not in outcome.out.split("expected of HEST")[0]
     assert "chance" in outcome.out

@@ -51,8 +51,8 @@ def refused(folder: Path, *arguments: str, code: Exit, says: tuple[str, ...]) ->
         (("--data", "cnn_daily"), ("unknown data source", "did you mean 'cnn_dailymail'?")),
         (("--run", "train-1"), ("--resume",)),
         (("--resume",), ("nothing to resume", "leave out --resume")),
-        (("--resume", "--run", "train-1"), ("there is no run 'train-1'",)),
-        (("--reference", "train-1", "--method", "hest"), ("there is no run 'train-1'",)),
+        (("--resume", "--run", "train-1"), ("there is no store runs.duckdb",)),
+        (("--reference", "train-1", "--method", "hest"), ("there is no store runs.duckdb",)),
         (("--db", "runs"), ("cannot name a store", "runs.duckdb")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else value,
@@ -241,7 +241,7 @@ def test_a_reference_that_may_not_be_compared(copied: Study) -> None:
 
 @pytest.mark.parametrize("command", ["harden", "profile"])
 def test_a_run_that_is_not_there(copied: Study, command: str) -> None:
-    nearly = copied.hest.document["run_id"][:-1]
+    nearly = copied.hest.document["run_id"][:-1] + "x"
     refused(
         copied.folder,
         *(command, "--run", nearly, "-q"),

@@ -140,7 +140,7 @@ def test_trials_that_were_not_metered_fail_where_joules_are_measured(
         (("--method", "base", "--trials", "2"), "base is not trained: there is nothing to search"),
         (("--method", "tabs", "--workers", "2"), "--workers share the trials of a search"),
         (("--join", "search-1", "--lr", "0.1"), "--join takes all settings from the search"),
-        (("--join", "search-1"), "there is no run 'search-1'"),
+        (("--join", "search-1"), "there is no store runs.duckdb"),
     ],
     ids=str,
 )

@@ -117,6 +117,7 @@ def assert_worded(outcome: Outcome, progress: set[str]) -> None:
         ("calibrate", *TINY),
         ("runs", "list"),
         ("compare", "--no-figures"),
+        ("compare", "--no-figures", "--all"),
     ],
     ids=lambda arguments: " ".join(arguments[:5]),
 )

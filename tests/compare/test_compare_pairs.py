@@ -79,7 +79,7 @@ def test_what_both_sides_of_a_seed_share_cancels_where_seeds_are_the_same() -> N
 def test_one_seed_is_said_to_tell_nothing_of_another_training() -> None:
     found = seeded(("hest", 1, 40.0), ("hest", 2, 41.0), ("tabs", 1, 60.0))
     assert "tabs has one seed: that says nothing about another training" in pair_of(found).notes
-    assert "hest 0.6 is the mean of 2 seeds" in pair_of(found).notes
+    assert not any(note.startswith("hest 0.6 has") for note in pair_of(found).notes)
 
 
 # Families
@@ -119,7 +119,7 @@ def test_every_pair_against_baselines_and_controls_is_one_family_and_ablations_a
             (int8, {"joules": 50}),
         )
     )
-    assert all(any("chosen by these very joules" in note for note in pair.notes) for pair in found.pairs)
+    assert all(any("chosen by these joules" in note for note in pair.notes) for pair in found.pairs)
     sizes = {(pair.other_role, pair.claim.family) for pair in found.pairs}
     assert sizes == {("baseline", 4), ("control", 4), ("ablation", 1)}
     assert [pair.proposed for pair in found.pairs if pair.other_role == "ablation"] == ["hest 0.6"]
@@ -205,7 +205,7 @@ def test_two_runs_of_one_configuration_and_seed_are_an_a_a_pair() -> None:
     assert found.repeatability.value == REPEATABILITY
     assert "no less than 2 % is granted" in found.repeatability.reason
     table = next(one for one in as_rows(found) if one.title == "A/A control")
-    assert table.rows[0][0] == "hest 0.6,\nseed 42 twice"
+    assert table.rows[0][0] == "hest 0.6, seed 42 twice"
     assert table.rows[0][2] == "no difference"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,10 +42,17 @@ CHANGES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 @pytest.mark.parametrize(("method", "changes"), CHANGES)
 def test_a_command_makes_the_settings_of_its_run(
-    method: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from hestctl.cli.app import main
 
+    monkeypatch.chdir(tmp_path)
+    rows = [{"1": f"{number}", "article": "One. Two.", "highlights": "One."} for number in range(60)]
+    (tmp_path / "my articles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = run_of(method, seed=7, **changes)
     (line,) = train_commands([run], "again.duckdb")
     for name in [name for name in os.environ if name.startswith("HESTCTL_")]:

@@ -1,7 +1,7 @@
 """Planted truths through the comparison: how often it is wrong, and how often it finds what is there.
 
-``python tests/compare/truth.py [repetitions]`` prints the table of README.md. Every repetition draws new
-articles, batches and trainings, makes runs of them, and takes the road that ``hestctl compare`` takes.
+``python tests/compare/truth.py [repetitions]`` prints the table of examples/verdicts.md. Every repetition
+draws new articles, batches and trainings, makes runs of them, and takes the road of ``hestctl compare``.
 """
 
 from __future__ import annotations

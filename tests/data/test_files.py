@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from hestctl.data.examples import Example
-from hestctl.data.files import open_table
+from hestctl.data.files import count_rows, open_table
 from hestctl.data.tables import Columns, read_examples
 from hestctl.errors import Exit, HestError
 
@@ -202,3 +202,24 @@ def test_text_comes_through_unchanged(
     write(path, [{"id": 99, "text": "first", "label": "x"}, *shaped])
     examples = read(path, Columns("text", "label", "id", labelled=True))[1:]
     assert [(e.text, e.answer) for e in examples] == [(text.strip(), label.strip()) for text, label in rows]
+
+
+@pytest.mark.parametrize("packed", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_rows_are_counted_without_a_check(tmp_path: Path, kind: str, packed: str) -> None:
+    path = tmp_path / f"rows.{kind}{packed}"
+    if kind == "parquet":
+        plain = tmp_path / "plain"
+        parquet.write_table(pyarrow.table({"article": ["a", "b", "c"]}), plain)
+        content = plain.read_bytes()
+    elif kind == "jsonl":
+        content = b'{"article": "a"}\n\nnot a row\n{}'
+    else:
+        content = b'article\na\n"b\nand more"\nc\n'
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert count_rows(path) == 3
+
+
+def test_rows_of_nothing_are_not_counted(tmp_path: Path) -> None:
+    with pytest.raises(HestError, match="no file at"):
+        count_rows(tmp_path / "rows.jsonl")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from hestctl.errors import Exit, HestError
 from hestctl.model import backbone as module
-from hestctl.model import random_weights
+from hestctl.model import hub, random_weights
 from hestctl.model.backbone import (
     Backbone,
     load_backbone,
@@ -295,7 +295,7 @@ def test_unknown_names_are_refused_without_asking_the_hub(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(module, "HfApi", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("asked the hub"))
     for call in (load_backbone, parameter_estimate):
         with pytest.raises(HestError, match="no backbone called") as caught:
             call(BackboneSettings(name=name))

