@@ -377,8 +377,8 @@ def test_figures_are_in_the_page_and_beside_the_markdown(tmp_path: Path) -> None
     alts = [attrs["alt"] for tag, attrs in page.tags if tag == "img"]
     assert alts == [one.alt for one in pictures]
     assert all(one.alt not in (one.title, "") for one in pictures)
-    depth = next(one for one in pictures if "depth" in one.name)
-    assert "Bars: the share of a layer's directions" in depth.caption
+    parts = next(one for one in pictures if "parts" in one.name)
+    assert parts.caption.endswith("never drawn as 0. The bars are by phase and by cause.")
     linked = re.findall(r"\]\((report_files/[\w.]+)\)", markdown)
     assert len(linked) == len(pictures)
     assert all((tmp_path / name).stat().st_size > 1_000 for name in linked)
