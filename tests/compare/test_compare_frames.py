@@ -372,13 +372,19 @@ def test_estimated_joules_are_judged_by_pairs_and_predictions_alone() -> None:
     connection = empty_store()
     for number in (1, 2):
         run = a_run("base", number, seed=number, energy_kind="estimated", versions={"hestctl": "0.1.0"})
-        samples = [replace(one, predicted_j=50.0) for one in generated(run, 40, joules=50.0 + number)]
+        samples = [replace(one, predicted_j=50.0) for one in generated(run, 40, joules=53.0 - number)]
         add(connection, run, samples=samples, windows=metered(run, samples))
     found = compare(connection)
     assert len(found.repeats) == 1
     frame, reasons = frames_runs.meter(connection, found)
     assert set(frame["panel"]) == {frames_runs.REPEATS, frames_runs.PREDICTED}
     assert reasons == ["no counter: the estimated joules cannot be judged beyond that"]
+    ratio = found.repeats[0].ratio.value
+    assert ratio is not None
+    assert ratio < 1, "the later run took less"
+    (apart_by,) = frame[frame["panel"] == frames_runs.REPEATS].itertuples()
+    assert apart_by.value == pytest.approx(100 * (1 / ratio - 1))
+    assert apart_by.low < apart_by.value < apart_by.high
 
 
 def test_pairs_of_one_model_show_what_is_no_difference(whole) -> None:
