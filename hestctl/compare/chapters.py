@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.configurations import Configuration, above_budget, configurations
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
 from hestctl.compare.glossary import KINDS, METHODS, gap_columns
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
@@ -16,7 +16,6 @@ from hestctl.compare.text import (
     Footnotes,
     number,
     percent_with_interval,
-    verdict_lines,
     whole,
     with_interval,
 )
@@ -104,9 +103,8 @@ def _shared_settings(
 
 def gaps(comparison: Comparison) -> Section:
     """Every proposed configuration against every other: the gap in one view, then all that belongs to it."""
-    lines = Bullets(tuple(verdict_lines(comparison)[1:]))
     if not comparison.pairs:
-        return Section("Gap at equal quality", (lines, Paragraph("There is no pair to compare.")))
+        return Section("Gap at equal quality", (Paragraph("There is no pair to compare."),))
     best = comparison.best_proposed.label if comparison.best_proposed else ""
     order = sorted(dict.fromkeys(pair.proposed for pair in comparison.pairs), key=lambda name: name != best)
     pairs = sorted(
@@ -120,7 +118,6 @@ def gaps(comparison: Comparison) -> Section:
     return Section(
         "Gap at equal quality",
         (
-            lines,
             *_matrix(comparison, pairs),
             _gap_grid(comparison, [pair for pair in pairs if pair.proposed == best], f"{best} against each"),
             Fold(f"All {len(pairs)} pairs", (_gap_grid(comparison, pairs),)),
@@ -173,11 +170,12 @@ def rows(comparison: Comparison) -> Section:
 
 
 def _loose(every: Sequence[Configuration]) -> Iterator[str]:
-    """Budgets that do not bind: the joules between them and what was spent bought nothing."""
+    """Budgets that do not bind, and those that are kept by prediction alone."""
     used = [(one.label, one.measure("emax_use_percent").value) for one in every if one.role == "proposed"]
     loose = [f"{label} ({use:.0f} %)" for label, use in used if use is not None and use < _BINDS]
     if loose:
         yield f"these budgets do not bind, the mean sample uses less of its E_max: {', '.join(loose)}"
+    yield from above_budget(every)
 
 
 def expectations(comparison: Comparison) -> Section:

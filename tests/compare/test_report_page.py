@@ -21,6 +21,7 @@ from hestctl.compare import chapters, evidence, pages
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Code, Document, Fold, Grid, Picture, Section
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, gap_columns
+from hestctl.compare.headline import headline
 from hestctl.compare.names import shortener
 from hestctl.compare.results import METRICS, Comparison
 from hestctl.compare.table import compare
@@ -99,10 +100,12 @@ def unmarked(text: str) -> str:
 
 def test_the_verdict_comes_first_and_the_sections_in_their_order(whole: tuple[Comparison, Document]) -> None:
     found, document = whole
-    assert document.verdict == found.conclusion
+    first = headline(found)
+    assert document.verdict == first.sentence
+    assert document.because == tuple(first.reasons())
     assert tuple(one.title for one in document.sections) == ORDER
     page = Page(pages.as_html(document))
-    assert page.text.index(found.conclusion) < page.text.index("What was compared")
+    assert page.text.index(first.sentence) < page.text.index(first.next[-1]) < page.text.index("What was com")
     anchors = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     ids = [f"#{attrs['id']}" for tag, attrs in page.tags if tag == "section"]
     assert anchors == ids
