@@ -74,7 +74,10 @@ def compared(comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]) 
         ("configurations", str(len(every))),
         ("runs", str(len(comparison.rows))),
         ("seeds", ", ".join(map(str, seeds)) or "not recorded"),
-        ("margin of equal quality", f"{comparison.margin_points:g} of 100 points of {_score(comparison)}"),
+        (
+            "margin of equal quality",
+            f"{comparison.margin_points:g} on the scale of {_score(comparison)}, 0 to 100",
+        ),
     ]
     rows = tuple((name, value) for name, value in facts)
     methods, roles = ({getattr(one, name) for one in every} for name in ("method", "role"))
@@ -119,7 +122,7 @@ def gaps(comparison: Comparison) -> Section:
         "Gap at equal quality",
         (
             *_matrix(comparison, pairs),
-            _gap_grid(comparison, [pair for pair in pairs if pair.proposed == best], f"{best} against each"),
+            _gap_grid(comparison, [one for one in pairs if one.proposed == best], f"{best} against each", 1),
             Fold(f"All {len(pairs)} pairs", (_gap_grid(comparison, pairs),)),
             *reasons,
             *((Fold("What else bears on these pairs", (notes,)),) if notes.items else ()),
@@ -254,7 +257,7 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
     ]
     return (
         Grid(
-            ("configuration", *(f"{other} ({role})" for other, role in across)),
+            ("configuration", *(other if role in other else f"{other} ({role})" for other, role in across)),
             tuple(lines),
             notes.lines(),
             title=title,
@@ -262,7 +265,8 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
     )
 
 
-def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "") -> Grid:
+def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "", start: int = 0) -> Grid:
+    """The columns from ``start`` on, for pairs that the title says the first of."""
     lines = {one.label: one for one in configurations(comparison.rows)}
     notes = Footnotes()
     word = comparison.energy_word
@@ -279,13 +283,13 @@ def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "") ->
         "repaid after": "repaid after, samples",
     }
     measured = comparison.energy_kind == "measured"
-    shown = gap_columns(measured)
+    shown = gap_columns(measured)[start:]
     told = () if measured else (f"joules are {word}: no gap and no verdict, every pair is inconclusive",)
     return Grid(
         tuple(units.get(name, name) for name in shown),
         tuple(_gap_cells(pair, lines, notes, shown) for pair in pairs),
         (*notes.lines(), *told),
-        left=2,
+        left=2 - start,
         title=title,
     )
 
