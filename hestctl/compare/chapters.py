@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.configurations import Configuration, above_budget, configurations
 from hestctl.compare.document import Bullets, Fold, Grid, Paragraph, Picture, Section
 from hestctl.compare.glossary import KINDS, METHODS, gap_columns
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Metric, Pair
@@ -16,7 +16,6 @@ from hestctl.compare.text import (
     Footnotes,
     number,
     percent_with_interval,
-    verdict_lines,
     whole,
     with_interval,
 )
@@ -75,7 +74,10 @@ def compared(comparison: Comparison, settings: Mapping[str, Mapping[str, Any]]) 
         ("configurations", str(len(every))),
         ("runs", str(len(comparison.rows))),
         ("seeds", ", ".join(map(str, seeds)) or "not recorded"),
-        ("margin of equal quality", f"{comparison.margin_points:g} of 100 points of {_score(comparison)}"),
+        (
+            "margin of equal quality",
+            f"{comparison.margin_points:g} on the scale of {_score(comparison)}, 0 to 100",
+        ),
     ]
     rows = tuple((name, value) for name, value in facts)
     methods, roles = ({getattr(one, name) for one in every} for name in ("method", "role"))
@@ -104,9 +106,8 @@ def _shared_settings(
 
 def gaps(comparison: Comparison) -> Section:
     """Every proposed configuration against every other: the gap in one view, then all that belongs to it."""
-    lines = Bullets(tuple(verdict_lines(comparison)[1:]))
     if not comparison.pairs:
-        return Section("Gap at equal quality", (lines, Paragraph("There is no pair to compare.")))
+        return Section("Gap at equal quality", (Paragraph("There is no pair to compare."),))
     best = comparison.best_proposed.label if comparison.best_proposed else ""
     order = sorted(dict.fromkeys(pair.proposed for pair in comparison.pairs), key=lambda name: name != best)
     pairs = sorted(
@@ -120,9 +121,8 @@ def gaps(comparison: Comparison) -> Section:
     return Section(
         "Gap at equal quality",
         (
-            lines,
             *_matrix(comparison, pairs),
-            _gap_grid(comparison, [pair for pair in pairs if pair.proposed == best], f"{best} against each"),
+            _gap_grid(comparison, [one for one in pairs if one.proposed == best], f"{best} against each", 1),
             Fold(f"All {len(pairs)} pairs", (_gap_grid(comparison, pairs),)),
             *reasons,
             *((Fold("What else bears on these pairs", (notes,)),) if notes.items else ()),
@@ -173,11 +173,12 @@ def rows(comparison: Comparison) -> Section:
 
 
 def _loose(every: Sequence[Configuration]) -> Iterator[str]:
-    """Budgets that do not bind: the joules between them and what was spent bought nothing."""
+    """Budgets that do not bind, and those that are kept by prediction alone."""
     used = [(one.label, one.measure("emax_use_percent").value) for one in every if one.role == "proposed"]
     loose = [f"{label} ({use:.0f} %)" for label, use in used if use is not None and use < _BINDS]
     if loose:
         yield f"these budgets do not bind, the mean sample uses less of its E_max: {', '.join(loose)}"
+    yield from above_budget(every)
 
 
 def expectations(comparison: Comparison) -> Section:
@@ -256,7 +257,7 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
     ]
     return (
         Grid(
-            ("configuration", *(f"{other} ({role})" for other, role in across)),
+            ("configuration", *(other if role in other else f"{other} ({role})" for other, role in across)),
             tuple(lines),
             notes.lines(),
             title=title,
@@ -264,7 +265,8 @@ def _matrix(comparison: Comparison, pairs: Sequence[Pair]) -> tuple[Grid, ...]:
     )
 
 
-def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "") -> Grid:
+def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "", start: int = 0) -> Grid:
+    """The columns from ``start`` on, for pairs that the title says the first of."""
     lines = {one.label: one for one in configurations(comparison.rows)}
     notes = Footnotes()
     word = comparison.energy_word
@@ -281,13 +283,13 @@ def _gap_grid(comparison: Comparison, pairs: Sequence[Pair], title: str = "") ->
         "repaid after": "repaid after, samples",
     }
     measured = comparison.energy_kind == "measured"
-    shown = gap_columns(measured)
+    shown = gap_columns(measured)[start:]
     told = () if measured else (f"joules are {word}: no gap and no verdict, every pair is inconclusive",)
     return Grid(
         tuple(units.get(name, name) for name in shown),
         tuple(_gap_cells(pair, lines, notes, shown) for pair in pairs),
         (*notes.lines(), *told),
-        left=2,
+        left=2 - start,
         title=title,
     )
 

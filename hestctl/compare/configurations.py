@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,6 +70,14 @@ def configurations(rows: Sequence[Row]) -> tuple[Configuration, ...]:
     for row in rows:
         held[row.config_label].append(row)
     return tuple(_joined(label, members) for label, members in held.items())
+
+
+def above_budget(lines: Sequence[Row | Configuration]) -> Iterator[str]:
+    """A sentence on the budgets that are kept by prediction and not by the meter, if there are any."""
+    metered = [(line.label, line.measure("meter_of_emax_percent").value) for line in lines]
+    above = [f"{label} ({use:.0f} %)" for label, use in metered if use is not None and use > 100]
+    if above:
+        yield f"by the meter the mean sample is above its E_max, by prediction not: {', '.join(above)}"
 
 
 def _joined(label: str, rows: Sequence[Row]) -> Configuration:

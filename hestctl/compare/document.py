@@ -77,10 +77,11 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """``verdict`` is the one sentence that stands first."""
+    """``verdict`` is the one sentence that stands first, ``because`` what it rests on."""
 
     title: str
     verdict: str
+    because: tuple[str, ...]
     sections: tuple[Section, ...]
     made_by: str
 
@@ -93,7 +94,8 @@ class Document:
         sections = tuple(
             Section(change(section.title), _mapped(section.blocks, change)) for section in self.sections
         )
-        return Document(change(self.title), change(self.verdict), sections, change(self.made_by))
+        because = tuple(change(text) for text in self.because)
+        return Document(change(self.title), change(self.verdict), because, sections, change(self.made_by))
 
 
 def _mapped(blocks: Iterable[Block], change: Callable[[str], str]) -> tuple[Block, ...]:

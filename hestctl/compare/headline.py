@@ -9,6 +9,7 @@ from typing import Final, Literal, TypeAlias
 
 from hestctl.compare.decisions import ALPHA
 from hestctl.compare.results import METRICS, Best, Comparison, Gap, Pair
+from hestctl.compare.text import with_interval
 from hestctl.compare.verdicts import points, saving
 
 Side: TypeAlias = Literal["baseline", "control"]
@@ -57,6 +58,15 @@ class Headline:
             if one.quality:
                 lines.append((_lead("quality"), one.quality))
         return [*lines, *((_lead("" if place else "next"), text) for place, text in enumerate(self.next))]
+
+    def reasons(self) -> list[str]:
+        """What the sentence rests on, a line each, as for a page."""
+        told = [self.chosen] if self.chosen else []
+        for one in self.standings:
+            told.append("; ".join(filter(None, (one.title, f"energy: {one.energy}", one.quality))))
+            if one.pair is not None and one.side == "baseline":
+                told.append(f"{one.pair.proposed} against {one.pair.other} {one.pair.at_equal_length}")
+        return [*told, *(f"next: {text}" for text in self.next)]
 
 
 def _lead(name: str) -> str:
@@ -125,7 +135,8 @@ def _chosen(comparison: Comparison) -> str | None:
 
 def _energy(comparison: Comparison, pair: Pair) -> str:
     if comparison.energy_kind == "estimated":
-        return f"not measured: the joules are estimated ({comparison.facts['meter']})"
+        why = f"not measured: the joules are estimated ({comparison.facts['meter']})"
+        return f"{why}; time ratio {with_interval(pair.time_ratio)}"
     if pair.ratio.value is None:
         return f"not measured: {pair.ratio.reason}"
     told = [saving(pair.ratio)]

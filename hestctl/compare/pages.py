@@ -18,6 +18,7 @@ from markupsafe import Markup, escape
 from hestctl import __version__
 from hestctl.compare import chapters, evidence
 from hestctl.compare.document import Document, Picture
+from hestctl.compare.headline import headline
 from hestctl.compare.names import shortener
 from hestctl.compare.provenance import gather
 from hestctl.compare.results import Comparison
@@ -89,10 +90,11 @@ def make(
         found, reasons = pictures(connection, comparison, theme)
     origin = gather(connection, comparison)
     shorten = shortener([*comparison.facts.values(), *origin.texts()])
-    facts = comparison.facts
+    facts, first = comparison.facts, headline(comparison)
     document = Document(
         title=f"Energy at equal quality: {facts['backbone']} on {facts['dataset']}",
-        verdict=comparison.conclusion,
+        verdict=first.sentence,
+        because=tuple(first.reasons()),
         sections=(
             chapters.compared(comparison, origin.settings()),
             chapters.gaps(comparison),

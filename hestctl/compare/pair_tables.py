@@ -55,7 +55,7 @@ def _pair_table(
         ]
     else:
         ratios = (cell(pair.time_ratio, with_interval) for pair in pairs)
-        beside = [column("estimated time ratio [95 %]", ratios)]
+        beside = [column("time ratio [95 %]", ratios)]
     score = METRICS[comparison.quality_metric].title
     differences = (cell(pair.quality_difference, points) for pair in pairs)
     columns: list[Column] = [

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from hestctl.compare.configurations import Configuration, configurations
+from hestctl.compare.configurations import Configuration, above_budget, configurations
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Row
 from hestctl.compare.statistics import Measure
 from hestctl.compare.text import (
@@ -40,9 +40,9 @@ def summary_table(comparison: Comparison, *, runs: bool = False) -> TextTable:
         _interval(f"J/sample {comparison.energy_word} [95 %]", lines, PRIMARY),
         _bare("p50 s", lines, "latency_p50_s"),
         *tokens,
-        _bare("% over E_max", lines, "over_budget_percent"),
+        _bare("over E_max %, predicted", lines, "over_budget_percent"),
     ]
-    return table("Runs" if runs else "Configurations", columns, _remarks(lines))
+    return table("Runs" if runs else "Configurations", columns, (*_remarks(lines), *above_budget(lines)))
 
 
 def as_rows(comparison: Comparison, *, runs: bool = False) -> list[TextTable]:

@@ -28,7 +28,7 @@ from hestctl.compare.report import as_json, write_csv
 from hestctl.compare.results import Best, Comparison, Gap, Pair, Role, SetApart
 from hestctl.compare.row_tables import as_rows
 from hestctl.compare.statistics import Measure, absent
-from hestctl.compare.text import TextTable, compared_lines, verdict_lines
+from hestctl.compare.text import TextTable, compared_lines
 from hestctl.errors import Exit, HestError
 from hestctl.records import EnergyKind, Run
 
@@ -40,7 +40,6 @@ __all__ = [
     "compare",
     "compared_lines",
     "gap_tables",
-    "verdict_lines",
     "write_csv",
 ]
 

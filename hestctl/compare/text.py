@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from hestctl.compare.results import Best, Comparison, Pair
+from hestctl.compare.results import Comparison
 from hestctl.compare.statistics import Measure
 
 NOT_MEASURED: Final = "not measured"
@@ -158,23 +158,6 @@ def bare(measure: Measure) -> str:
     return number(measure.value or 0.0)
 
 
-def verdict_lines(comparison: Comparison) -> list[str]:
-    """What follows from the comparison: the verdict first, then both gaps."""
-    lines = [
-        comparison.conclusion,
-        _gap_line("gap to the best baseline", comparison.best_baseline, comparison.gap.percent),
-        _gap_line("gap to the best control", comparison.best_control, comparison.gap_vs_controls.percent),
-    ]
-    if comparison.estimated_time_ratio.value is not None:
-        lines.append(
-            f"estimated time ratio: {with_interval(comparison.estimated_time_ratio)} (no saving of joules)"
-        )
-    deciding = _deciding(comparison)
-    if deciding is not None:
-        lines.append(f"{deciding.proposed} against {deciding.other} {deciding.at_equal_length}")
-    return lines
-
-
 def compared_lines(comparison: Comparison) -> list[str]:
     """What all the runs share: model, data, device, generation, meter."""
     facts = comparison.facts
@@ -194,20 +177,6 @@ def _work(comparison: Comparison) -> str:
         return f"labels scored (no tokens written), batch {facts['batch size']}"
     most = f"at most {facts['new tokens at most']} new tokens"
     return f"beams {facts['beams']}, batch {facts['batch size']}, {most}"
-
-
-def _deciding(comparison: Comparison) -> Pair | None:
-    best, other = comparison.best_proposed, comparison.best_baseline
-    if best is None or other is None:
-        return None
-    names = (best.label, other.label)
-    return next((pair for pair in comparison.pairs if (pair.proposed, pair.other) == names), None)
-
-
-def _gap_line(name: str, other: Best | None, gap: Measure) -> str:
-    if gap.value is None:
-        return f"{name}: none ({gap.reason})"
-    return f"{name} ({other.label if other else ''}): {percent_with_interval(gap)} % fewer joules per sample"
 
 
 def _decimals(value: float) -> int:

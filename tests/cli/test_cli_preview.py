@@ -70,6 +70,14 @@ def test_what_was_asked_for_is_not_told(news: Path, arguments: tuple[str, ...]) 
     assert run_cli(news, *DRY, "--data", "news", *arguments).err == ""
 
 
+def test_a_limit_that_leaves_nothing_out_is_not_told(news: Path) -> None:
+    rows = (news / "news" / "test.jsonl").read_text().splitlines()[:16]
+    (news / "news" / "test.jsonl").write_text("\n".join(rows))
+    told = run_cli(news, *DRY, "--data", "news").err
+    assert "training" in told
+    assert "test" not in told
+
+
 def test_limits_of_the_environment_are_not_told(news: Path) -> None:
     limits = {"HESTCTL_DATA__TRAIN_SAMPLES": "32", "HESTCTL_DATA__TEST_SAMPLES": "16"}
     assert run_cli(news, *DRY, "--data", "news", environment=limits).err == ""

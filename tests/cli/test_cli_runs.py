@@ -12,7 +12,8 @@ import pytest
 from cli_tools import TRIAL, Study, files_of, run_cli
 
 from hestctl.cli import out
-from hestctl.cli.run_ids import age, label, short_ids
+from hestctl.cli.run_ids import age, choose, label, short_ids
+from hestctl.errors import HestError
 from hestctl.records import Run
 from hestctl.runs import recording
 from hestctl.store.folder import now
@@ -152,6 +153,13 @@ def test_a_part_of_several_ids_lists_them_with_their_labels(many: Path) -> None:
         with recording(Store(many / "runs.duckdb"), a_run(f"other-{number}")):
             pass
     assert "and 1 more" in run_cli(many, "runs", "show", "other").message
+
+
+def test_of_several_matches_those_that_serve_come_first() -> None:
+    runs = [a_run("train-tabs-1", method="tabs"), a_run("profile-tabs-1", "profile", method="tabs")]
+    assert choose(runs, "tabs", runs[:1]).run_id == "train-tabs-1"
+    with pytest.raises(HestError, match="part of 2 run ids"):
+        choose(runs, "tabs")
 
 
 def test_what_no_id_holds_names_the_nearest(many: Path) -> None:

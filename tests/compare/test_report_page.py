@@ -21,6 +21,7 @@ from hestctl.compare import chapters, evidence, pages
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Code, Document, Fold, Grid, Picture, Section
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, gap_columns
+from hestctl.compare.headline import headline
 from hestctl.compare.names import shortener
 from hestctl.compare.results import METRICS, Comparison
 from hestctl.compare.table import compare
@@ -99,10 +100,12 @@ def unmarked(text: str) -> str:
 
 def test_the_verdict_comes_first_and_the_sections_in_their_order(whole: tuple[Comparison, Document]) -> None:
     found, document = whole
-    assert document.verdict == found.conclusion
+    first = headline(found)
+    assert document.verdict == first.sentence
+    assert document.because == tuple(first.reasons())
     assert tuple(one.title for one in document.sections) == ORDER
     page = Page(pages.as_html(document))
-    assert page.text.index(found.conclusion) < page.text.index("What was compared")
+    assert page.text.index(first.sentence) < page.text.index(first.next[-1]) < page.text.index("What was com")
     anchors = [attrs["href"] for tag, attrs in page.tags if tag == "a"]
     ids = [f"#{attrs['id']}" for tag, attrs in page.tags if tag == "section"]
     assert anchors == ids
@@ -148,16 +151,12 @@ def test_what_was_compared_is_told_with_device_data_and_counts(whole: tuple[Comp
 def test_every_pair_is_in_the_gap_table_with_what_belongs_to_it(whole: tuple[Comparison, Document]) -> None:
     found, document = whole
     matrix, first, every = grids(document, "Gap at equal quality")
-    assert [header.rpartition(" (")[2] for header in matrix.headers[1:]] == [
-        "baseline)",
-        "baseline)",
-        "control)",
-    ]
+    assert matrix.headers[1:] == ("tabs (baseline)", "lora (baseline)", "lora int8 control")
     assert {(row[0], row[1]) for row in every.rows} == {(one.proposed, one.other) for one in found.pairs}
     assert len(every.headers) == len(gap_columns(True)) == len(GAP_COLUMNS)
     assert found.best_proposed is not None
-    assert every.rows[: len(first.rows)] == first.rows
-    assert {row[0] for row in first.rows} == {found.best_proposed.label}
+    assert every.rows[: len(first.rows)] == tuple((found.best_proposed.label, *row) for row in first.rows)
+    assert first.title == f"{found.best_proposed.label} against each"
     assert [row[-1] for row in first.rows] == sorted(
         (row[-1] for row in first.rows), key=["baseline", "control", "ablation", "base"].index
     )
