@@ -429,8 +429,9 @@ def test_labels_cover_neither_one_another_nor_marks_and_stay_inside() -> None:
 
 
 def test_lines_to_labels_do_not_cross_and_end_at_their_own() -> None:
-    points = [(1.0, 1.0 + 0.03 * nth) for nth in range(6)]
-    texts = [f"hest 0.{nth} network" for nth in range(6)]
+    drawn = np.random.default_rng(1).normal(1, 0.12, (14, 2)).tolist()
+    points = [(float(x), float(y)) for x, y in drawn]
+    texts = [f"hest 0.{nth:02d} network" for nth in range(14)]
     asked = {"size_in": (4.0, 3.0), "x": (0.0, 2.0), "y": (0.0, 2.0), "points_of_type": 8}
     spots = place(points, texts, **asked)
     lines = [(*mark, spot.line_x, spot.line_y) for mark, spot in zip(points, spots, strict=True)]
