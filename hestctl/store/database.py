@@ -1,6 +1,7 @@
 """Opens the DuckDB file: patiently, one schema version only, with errors that say what to do.
 
-Callers hold the store's lock. No handle outlives it: even a reader's shuts every writer out.
+Writers hold the store's lock, readers where there is one. No handle outlives its block: even a reader's shuts
+every writer out.
 """
 
 from __future__ import annotations
