@@ -53,10 +53,11 @@ for seed in $seeds; do
     row "hest fp16-only $seed" --method hest --emax-ratio 0.6 --precision fp16-only $s "$@"
     row "hest no dual $seed" --method hest --emax-ratio "$last" --dual none $s "$@"
     row "hest unfactorised $seed" --method hest --emax-ratio "$last" --controller unfactorised $s "$@"
+    # What is run twice with one seed is the A/A control: what the comparison sees where nothing differs. It
+    # stands here, for the next seed's tabs run is another reference, and so another budget.
+    [ "$seed" != "$first" ] || row "hest again $seed" --method hest --emax-ratio "$last" $s "$@"
 done
-# What is run twice with one seed is the A/A control: what the comparison sees where nothing differs.
 row "base" --method base --seed "$first" "$@"
 row "base again" --method base --seed "$first" "$@"
-row "hest $last $first again" --method hest --emax-ratio "$last" --seed "$first" "$@"
 hestctl compare --db "$db" --out "${db%.duckdb}-figures" --report "${db%.duckdb}-report.html"
 exit $failed

@@ -93,7 +93,11 @@ def _repeat(
 
 
 def _alike(first: Run, second: Run, sections: Sequence[str]) -> bool:
-    """The same work by the same versions: a new driver or library is no repetition."""
-    return first.versions == second.versions and all(
+    """The same work by the same versions under the same E_max.
+
+    A new driver or library is no repetition, nor is a budget of another reference: where gates decide, an
+    E_max that differs in the fifth digit makes another training.
+    """
+    return (first.versions, first.emax_j) == (second.versions, second.emax_j) and all(
         first.settings.get(section) == second.settings.get(section) for section in sections
     )

@@ -241,9 +241,10 @@ def test_which_of_two_runs_came_first_does_not_matter() -> None:
         {"settings": {**SETTINGS, "train": {"seed": 42, "learning_rate": 3e-4}}},
         {"seed": 43},
         {"versions": {"torch": "2.14"}},
+        {"emax_j": 12.50001},
     ],
 )
-def test_other_settings_seeds_or_versions_are_no_repetition(changes: dict[str, Any]) -> None:
+def test_other_settings_seeds_versions_or_budgets_are_no_repetition(changes: dict[str, Any]) -> None:
     found = repeated(**changes)
     assert found.repeats == ()
     assert found.repeatability.value == REPEATABILITY
