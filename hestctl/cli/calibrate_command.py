@@ -143,7 +143,7 @@ def _show(done: Calibrated) -> None:
     out.table(
         f"the meter on samples of known relative work ({kind})",
         ("demand", "holds", "why"),
-        [("\n".join(names), word, why) for (word, why), names in demands.items()],
+        [(", ".join(names), word, why) for (word, why), names in demands.items()],
         left=3,
     )
 
