@@ -11,6 +11,7 @@ from hestctl.compare.chapters import header
 from hestctl.compare.commands import command, shared_options, train_commands
 from hestctl.compare.configurations import configurations
 from hestctl.compare.document import Block, Code, Fold, Grid, Paragraph, Section
+from hestctl.compare.expectations import ORIGINAL_MODEL
 from hestctl.compare.glossary import GAP_COLUMNS, MEASURES, TERMS, gap_columns
 from hestctl.compare.provenance import Provenance
 from hestctl.compare.results import METRICS, PRIMARY, Comparison, Row
@@ -26,6 +27,10 @@ _PAIR_MEASURES: Mapping[str, str] = {
     "scope_ratio": "ratio of joules in scope",
     "break_even_samples": "samples until training is repaid",
 }
+_NO_ORIGINAL = (
+    f"no run here is of {ORIGINAL_MODEL}; on a GPU: `hestctl profile --method base,tabs,hest,base+int8 "
+    "--backbone llama-2-7b --weights random --dtype bfloat16 --seq-len 1024 --new-tokens 128`"
+)
 _LISTED = 6
 """So many names of rows or pairs stand beside a reason; the others are counted."""
 
@@ -169,6 +174,8 @@ def _absences(comparison: Comparison, figure_reasons: Mapping[str, str]) -> Iter
     ):
         if gap.reason is not None:
             yield gap.reason, title, "the comparison"
+    if ORIGINAL_MODEL.lower() not in comparison.facts["backbone"].lower():
+        yield _NO_ORIGINAL, f"joules and latency of {ORIGINAL_MODEL}", "the original's claim"
     for line in comparison.expectations:
         if line.outcome == "not measured":
             yield line.reason, line.text, "the original's expectations"

@@ -215,6 +215,8 @@ def test_every_absent_measure_stands_under_its_reason(whole: tuple[Comparison, D
     for line in found.expectations:
         if line.outcome == "not measured":
             assert line.text in told[line.reason][0]
+    of_another = [what for reason, (what, _) in told.items() if "--backbone llama-2-7b" in reason]
+    assert of_another == ["joules and latency of Llama-2-7b"]
 
 
 def test_figures_that_have_nothing_to_draw_are_named_with_the_reason() -> None:
